@@ -1,0 +1,177 @@
+"""One stage of a run: says what is about to happen, remembers what came out, and skips what is already done.
+
+Every recipe that produces a folder wraps its work in a `Stage`. What a stage did is written last and whole, as
+`stage.json` in that folder: its arguments, the state of its inputs, its results, its log and the machine. A stage is
+done when that file exists and was made with the same arguments from the same inputs, as in make; so running a pipeline
+again costs nothing, and changing one setting redoes that stage and what follows from it. The price: an input is known by
+its own `stage.json` (or by size and time for a plain file), so a folder edited by hand goes unnoticed; use `--rerun true`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE_NAME = "stage.json"
+# Where a run writes, and how it is resumed or restarted, does not change what it computes.
+NOT_PART_OF_THE_WORK = {"output_dir", "rerun", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm"}
+
+
+class Stage:
+    """The record of one stage.
+
+    Args:
+        name: what the stage is called in messages and in the report.
+        output_dir: folder the stage fills; `stage.json` appears there when it is finished.
+        arguments: dataclass instances that say how the work is done; only what differs from the defaults is kept.
+        inputs: files, folders or Hub names that the stage reads.
+        rerun: do the work even if it is done.
+    """
+
+    def __init__(
+        self, name: str, output_dir: str, arguments: Iterable[Any], inputs: Sequence[str] = (), rerun: bool = False
+    ):
+        self.name = name
+        self.output_dir = Path(output_dir)
+        self.file = self.output_dir / FILE_NAME
+        self.identity = {
+            "name": name,
+            "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
+            "inputs": {str(path): fingerprint(path) for path in inputs},
+        }
+        self.rerun = rerun
+        self.facts: dict[str, Any] = {}
+        self.started = time.time()
+
+    def is_done(self) -> bool:
+        """True, with a line that says so, when the same work from the same inputs has been finished before."""
+        if self.rerun or not self.file.exists():
+            return False
+        record = json.loads(self.file.read_text())
+        if {key: record.get(key) for key in self.identity} != self.identity:
+            self.say("settings or inputs have changed since the last run: doing it again")
+            return False
+        self.say(f"already done in {self.output_dir} (--rerun true does it again)")
+        return True
+
+    def announce(self, **facts: Any) -> None:
+        """Print one line about what will happen. `parameters, tokens, flops, seconds, bytes` are given readable units."""
+        self.facts = facts
+        self.say(", ".join(describe(key, value) for key, value in facts.items()) + f" -> {self.output_dir}")
+
+    def finish(self, results: dict[str, Any], log_history: Sequence[dict] = (), samples: Sequence[dict] = ()) -> None:
+        """Write the record (main process only) and print what came out."""
+        seconds = time.time() - self.started
+        if not is_main_process():
+            return
+        record = {
+            **self.identity,
+            "announced": self.facts,
+            "results": results,
+            "seconds": seconds,
+            "machine": describe_machine(),
+            "samples": list(samples),
+            "log_history": list(log_history),
+        }
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        os.replace(temporary, self.file)
+        shown = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in results.items() if isinstance(value, (int, float, str)))  # fmt: skip
+        self.say(f"done in {readable_time(seconds)}" + (f": {shown}" if shown else ""))
+
+    def say(self, text: str) -> None:
+        """Print one line of this stage, from the main process only."""
+        if is_main_process():
+            print(f"[{self.name}] {text}", flush=True)
+
+
+def read_stage(folder: str | Path) -> dict[str, Any] | None:
+    """The record that a finished stage left in `folder`, or None."""
+    file = Path(folder) / FILE_NAME
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def changed_fields(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance that differ from its defaults, as JSON values."""
+    changed = {}
+    for field in dataclasses.fields(arguments):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(arguments, field.name)
+        if field.name not in NOT_PART_OF_THE_WORK and not field.name.startswith("_") and value != default:
+            changed[field.name] = value
+    return json.loads(json.dumps(changed, default=str))
+
+
+def fingerprint(path: str | Path) -> str:
+    """What identifies the state of an input: its stage record, else size and time of a file, else the name itself."""
+    path = Path(path)
+    record = path / FILE_NAME
+    if record.exists():
+        return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+    if path.is_file():
+        status = path.stat()
+        return f"{status.st_size} bytes, {status.st_mtime_ns}"
+    return "by name"
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, accelerators, memory and versions, for the report."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def describe(key: str, value: Any) -> str:
+    if key == "seconds":
+        return f"about {readable_time(value)}"
+    if key == "flops":
+        return f"{readable_number(value)}FLOP"
+    if key == "bytes":
+        return f"{readable_number(value)}B"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{readable_number(value)} {key.replace('_', ' ')}".replace("  ", " ")
+    return f"{key.replace('_', ' ')} {value}"
+
+
+def readable_number(value: float) -> str:
+    """12345678 -> '12.3 M'; small whole numbers stay as they are."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            scale = 1e3 if unit == "k" else limit
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.4g} " if isinstance(value, float) else f"{value} "
+
+
+def readable_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
