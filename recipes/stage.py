@@ -2,9 +2,10 @@
 
 Every recipe that produces a folder wraps its work in a `Stage`. What a stage did is written last and whole, as
 `stage.json` in that folder: its arguments, the state of its inputs, its results, its log and the machine. A stage is
-done when that file exists and was made with the same arguments from the same inputs, as in make; so running a pipeline
-again costs nothing, and changing one setting redoes that stage and what follows from it. The price: an input is known by
-its own `stage.json` (or by size and time for a plain file), so a folder edited by hand goes unnoticed; use `--rerun true`.
+done when that file exists and was made with the same arguments from the same inputs, as in make; so running a
+pipeline again costs nothing, and changing one setting redoes that stage and what follows from it. The price: an input
+is known by its own `stage.json` (or by size and time for a plain file), so a folder edited by hand goes unnoticed;
+use `--rerun true`.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class Stage:
         self.name = name
         self.output_dir = Path(output_dir)
         self.file = self.output_dir / FILE_NAME
+        self.begun = self.output_dir / "stage.begun.json"
         self.identity = {
             "name": name,
             "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
@@ -61,9 +63,16 @@ class Stage:
         self.say(f"already done in {self.output_dir} (--rerun true does it again)")
         return True
 
+    def can_continue(self) -> bool:
+        """True if the same work was begun here and not finished: its checkpoints belong to this run."""
+        return not self.rerun and self.begun.exists() and json.loads(self.begun.read_text()) == self.identity
+
     def announce(self, **facts: Any) -> None:
-        """Print one line about what will happen. `parameters, tokens, flops, seconds, bytes` are given readable units."""
+        """Print one line about what will happen (`parameters, tokens, flops, seconds, bytes` in readable units), and
+        note that the work has begun, so that an interrupted run can be told from another one (`can_continue`)."""
         self.facts = facts
+        if is_main_process():
+            write_json(self.begun, self.identity)
         self.say(", ".join(describe(key, value) for key, value in facts.items()) + f" -> {self.output_dir}")
 
     def finish(self, results: dict[str, Any], log_history: Sequence[dict] = (), samples: Sequence[dict] = ()) -> None:
@@ -80,10 +89,8 @@ class Stage:
             "samples": list(samples),
             "log_history": list(log_history),
         }
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
-        os.replace(temporary, self.file)
+        write_json(self.file, record)
+        self.begun.unlink(missing_ok=True)
         shown = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in results.items() if isinstance(value, (int, float, str)))  # fmt: skip
         self.say(f"done in {readable_time(seconds)}" + (f": {shown}" if shown else ""))
@@ -98,6 +105,14 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
     """The record that a finished stage left in `folder`, or None."""
     file = Path(folder) / FILE_NAME
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    """Write `record` whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    os.replace(temporary, file)
 
 
 def is_main_process() -> bool:
