@@ -1,0 +1,50 @@
+# What a person runs from the root of a clone. Every target sets up .venv first if that is needed.
+# On a machine without a GPU, PIP_EXTRA_INDEX_URL may name PyTorch's CPU index: it saves gigabytes of CUDA.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := recipes/configs/demo
+OUT ?= out/demo
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test hf-tests lint bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed ## set up .venv with the tested versions
+
+.venv/.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in $(OUT)
+	$(BIN)/python -m recipes.prepare_data --config $(DEMO)/data.yaml --output_dir $(OUT)/data
+	$(BIN)/python -m recipes.train_tokenizer --config $(DEMO)/tokenizer.yaml --output_dir $(OUT)/tokenizer
+	$(LAUNCH) recipes.pretrain --config $(DEMO)/pretrain.yaml --output_dir $(OUT)/base
+	$(LAUNCH) recipes.sft --config $(DEMO)/sft.yaml --output_dir $(OUT)/sft
+	$(LAUNCH) recipes.rl --config $(DEMO)/rl.yaml --output_dir $(OUT)/rl
+	$(BIN)/python -m recipes.evaluate --config $(DEMO)/evaluate.yaml --output_dir $(OUT)/eval
+	$(BIN)/python -m recipes.chat --model $(OUT)/rl --prompt 'What is 12 + 30?'
+	$(BIN)/python -m recipes.report --config $(DEMO)/report.yaml
+
+test: .venv/.installed ## every test, on two workers
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+
+hf-tests: .venv/.installed ## Transformers' own common tests of a model, run against ours
+	$(BIN)/python -m tests.hf.run
+
+lint: .venv/.installed ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.installed ## every benchmark, one after another
+	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+clean: ## remove what the demo made (out/) and caches; .venv stays
+	rm -rf out .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
