@@ -3,7 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := recipes/configs/demo
-OUT ?= out/demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m
@@ -22,14 +21,14 @@ install: .venv/.installed ## set up .venv with the tested versions
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
-demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in $(OUT)
-	$(BIN)/python -m recipes.prepare_data --config $(DEMO)/data.yaml --output_dir $(OUT)/data
-	$(BIN)/python -m recipes.train_tokenizer --config $(DEMO)/tokenizer.yaml --output_dir $(OUT)/tokenizer
-	$(LAUNCH) recipes.pretrain --config $(DEMO)/pretrain.yaml --output_dir $(OUT)/base
-	$(LAUNCH) recipes.sft --config $(DEMO)/sft.yaml --output_dir $(OUT)/sft
-	$(LAUNCH) recipes.rl --config $(DEMO)/rl.yaml --output_dir $(OUT)/rl
-	$(BIN)/python -m recipes.evaluate --config $(DEMO)/evaluate.yaml --output_dir $(OUT)/eval
-	$(BIN)/python -m recipes.chat --model $(OUT)/rl --prompt 'What is 12 + 30?'
+demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in out/demo
+	$(BIN)/python -m recipes.prepare_data --config $(DEMO)/data.yaml
+	$(BIN)/python -m recipes.train_tokenizer --config $(DEMO)/tokenizer.yaml
+	$(LAUNCH) recipes.pretrain --config $(DEMO)/pretrain.yaml
+	$(LAUNCH) recipes.sft --config $(DEMO)/sft.yaml
+	$(LAUNCH) recipes.rl --config $(DEMO)/rl.yaml
+	$(BIN)/python -m recipes.evaluate --config $(DEMO)/evaluate.yaml
+	$(BIN)/python -m recipes.chat --model out/demo/rl --prompt 'What is 12 + 30?'
 	$(BIN)/python -m recipes.report --config $(DEMO)/report.yaml
 
 test: .venv/.installed ## every test, on two workers

@@ -6,7 +6,8 @@ because the trainers override hooks that it does not promise to keep.
 
 from setuptools import find_packages, setup
 
-TRAIN = ["accelerate>=1.10", "datasets>=4.0", "pyarrow>=15", "trl>=1.16,<1.17", "rustbpe>=0.1", "tiktoken>=0.7", "pyyaml"]
+TOKENIZER = ["rustbpe>=0.1", "tiktoken>=0.7"]
+TRAIN = [*TOKENIZER, "accelerate>=1.10", "datasets>=4.0", "pyarrow>=15", "trl>=1.16,<1.17", "pyyaml"]
 EVAL = ["datasets>=4.0", "lm-eval>=0.4.9", "pyyaml"]
 CHAT = ["fastapi", "uvicorn", "pydantic", "openai", "rich"]
 

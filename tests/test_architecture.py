@@ -1,4 +1,4 @@
-"""The arrows between the folders: recipes -> {training, eval} -> modeling_nanochat, read from the imports themselves."""
+"""The arrows between the folders: recipes -> {training, eval} -> modeling_nanochat, read from the imports."""
 
 import ast
 import sys
