@@ -1,0 +1,274 @@
+"""The depth dial: from a shape to parameters, FLOPs, a token horizon, batch and decay; and what a device can do.
+
+Everything is computed by formula from the configuration, so that a plan for a model of any size costs nothing: no
+weight is ever built here. The price is that the formulas repeat what the model's constructor does; a test holds them
+equal to the parameters of real models. The constants are upstream nanochat's, which found them by sweeps; the batch
+and decay rules of the head era rest on the papers named beside them.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from modeling_nanochat import NanoChatGPTConfig
+
+TOKENS_PER_PARAMETER = 10.5  # upstream's compute-optimal ratio of tokens to scaling parameters (block matrices + head)
+REFERENCE_BATCH_TOKENS = 2**19  # the batch at which upstream tuned the base learning rates
+REFERENCE_DEPTH = 12  # the depth at which upstream tuned the weight decay (and, head era, the batch)
+BATCH_EXPONENT = 0.383  # best batch ~ tokens^0.383 (Power Lines, arXiv 2505.13738), head era
+SEED_WEIGHT_DECAY = 0.2  # at the reference depth, then ~ 1/depth^2 (upstream's sweep, January 2026)
+HEAD_WEIGHT_DECAY = 0.28  # at the reference batch and horizon, head era
+
+
+# ---------------------------------------------------------------- parameters and FLOPs
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many parameters each group of the optimizer holds."""
+
+    token_embedding: int
+    value_embeddings: int
+    head: int
+    matrices: int
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        return self.token_embedding + self.value_embeddings + self.head + self.matrices + self.scalars
+
+    @property
+    def scaling(self) -> int:
+        """The parameters that the token horizon is proportional to: they multiply every token."""
+        return self.matrices + self.head
+
+
+def count_parameters(config: NanoChatGPTConfig) -> ParameterCounts:
+    """Parameters by group, equal to what `NanoChatGPTForCausalLM(config)` would allocate."""
+    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    query_width = config.num_attention_heads * config.head_dim
+    value_width = config.num_key_value_heads * config.head_dim
+    value_layers = sum(config.has_value_embedding(layer) for layer in range(layers))
+    gates = value_layers * config.num_key_value_heads * config.value_gate_channels
+    attention = 2 * hidden * query_width + 2 * hidden * value_width  # q and o, k and v
+    mlp = 2 * hidden * config.intermediate_size
+    scalars = 2 * layers if config.use_residual_scalars else 0
+    scalars += config.smear_channels + 1 if config.smear_channels else 0  # the smear's gate and its lambda
+    scalars += int(config.use_backout)
+    return ParameterCounts(
+        token_embedding=vocabulary * hidden,
+        value_embeddings=value_layers * vocabulary * value_width,
+        head=vocabulary * hidden,
+        matrices=layers * (attention + mlp) + gates,
+        scalars=scalars,
+    )
+
+
+def flops_per_token(config: NanoChatGPTConfig, sequence_length: int | None = None) -> int:
+    """Floating point operations of training on one token, forward and backward.
+
+    6 for every parameter that multiplies (all but embeddings and scalars), and 12 * heads * head_dim for every position
+    a layer looks back on; a windowed layer counts its window, not the sequence.
+    """
+    length = sequence_length or config.max_position_embeddings
+    counts = count_parameters(config)
+    seen = sum(length if window is None else min(window, length) for window in attention_windows(config))
+    return 6 * counts.scaling + 12 * config.num_attention_heads * config.head_dim * seen
+
+
+def attention_windows(config: NanoChatGPTConfig) -> list[int | None]:
+    """For each layer, how many positions before its own a query sees; None is all of them.
+
+    `config.sliding_window` counts the query itself, as Transformers does, upstream's FLOP formula does not.
+    """
+    return [config.sliding_window - 1 if "sliding" in kind else None for kind in config.layer_types]
+
+
+# ---------------------------------------------------------------- how long, how large a batch, how much decay
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run is going to be. `batch_tokens` is the whole batch of one optimizer step, over all devices."""
+
+    parameters: ParameterCounts
+    flops_per_token: int
+    batch_tokens: int
+    steps: int
+    weight_decay: float
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_tokens * self.steps
+
+    @property
+    def flops(self) -> int:
+        return self.flops_per_token * self.tokens
+
+
+def plan_training(
+    config: NanoChatGPTConfig,
+    *,
+    era: str = "seed",
+    sequence_length: int | None = None,
+    batch_tokens: int | None = None,
+    max_steps: int | None = None,
+    target_flops: float | None = None,
+    tokens_per_parameter: float = TOKENS_PER_PARAMETER,
+) -> TrainingPlan:
+    """Set a run from a model's shape.
+
+    The horizon is `max_steps` if given, else `target_flops` if given, else `tokens_per_parameter` tokens for each
+    scaling parameter. The batch is `batch_tokens` if given, else upstream's for that era: a constant (seed), or one
+    that grows with the horizon (head).
+
+    Raises:
+        ValueError: a horizon of less than one optimizer step.
+    """
+    parameters, flops = count_parameters(config), flops_per_token(config, sequence_length)
+    tokens = tokens_per_parameter * parameters.scaling if target_flops is None else target_flops / flops
+    reference_tokens = tokens_per_parameter * reference_parameters(config, era)
+    if batch_tokens is None:
+        batch_tokens = best_batch_tokens(tokens, reference_tokens) if era == "head" else REFERENCE_BATCH_TOKENS
+    if max_steps is not None:
+        tokens = max_steps * batch_tokens
+    # Upstream rounds a FLOP budget to the nearest step and a token ratio down.
+    steps = round(tokens / batch_tokens) if target_flops is not None else int(tokens // batch_tokens)
+    if steps < 1:
+        raise ValueError(
+            f"the horizon of {tokens:,.0f} tokens is shorter than one batch of {batch_tokens:,} tokens; expected at "
+            "least one optimizer step: lower the batch or lengthen the horizon"
+        )
+    weight_decay = (
+        head_weight_decay(batch_tokens, tokens, reference_tokens)
+        if era == "head"
+        else seed_weight_decay(config.num_hidden_layers)
+    )
+    return TrainingPlan(parameters, flops, batch_tokens, steps, weight_decay)
+
+
+def reference_parameters(config: NanoChatGPTConfig, era: str) -> int:
+    """Scaling parameters of the depth at which batch and decay were tuned, with the vocabulary of `config`."""
+    reference = NanoChatGPTConfig.from_depth(
+        REFERENCE_DEPTH, vocab_size=config.vocab_size, head_dim=config.head_dim, era=era
+    )
+    return count_parameters(reference).scaling
+
+
+def best_batch_tokens(tokens: float, reference_tokens: float) -> int:
+    """The batch for a horizon of `tokens`: it grows with its power 0.383, rounded to a power of two."""
+    best = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
+    return 2 ** round(math.log2(best))
+
+
+def learning_rate_scale(batch_tokens: int) -> float:
+    """What all base learning rates are multiplied by: the square root of the batch over the reference batch."""
+    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+
+
+def seed_weight_decay(depth: int) -> float:
+    """Muon's weight decay of the seed era: 0.2 at depth 12, and as one over the depth squared."""
+    return SEED_WEIGHT_DECAY * (REFERENCE_DEPTH / depth) ** 2
+
+
+def head_weight_decay(batch_tokens: int, tokens: float, reference_tokens: float) -> float:
+    """Muon's weight decay of the head era: keeps batch / (rate * decay * tokens) constant (arXiv 2405.13698), where
+    the rate grows as the square root of the batch."""
+    return HEAD_WEIGHT_DECAY * math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS) * reference_tokens / tokens
+
+
+def accumulation_steps(batch_tokens: int, device_batch_size: int, sequence_length: int, world_size: int) -> int:
+    """How many micro-batches each device runs before an optimizer step.
+
+    Raises:
+        ValueError: the batch is no whole number of micro-batches over all devices; the message says what would be.
+    """
+    micro_batch = device_batch_size * sequence_length * world_size
+    if batch_tokens % micro_batch:
+        nearest = max(1, round(batch_tokens / micro_batch)) * micro_batch
+        raise ValueError(
+            f"a batch of {batch_tokens:,} tokens cannot be made of {device_batch_size} rows x {sequence_length} tokens"
+            f" x {world_size} devices = {micro_batch:,} tokens at a time; expected a multiple, such as {nearest:,}"
+        )
+    return batch_tokens // micro_batch
+
+
+# ---------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator: dense bfloat16 FLOP/s of its data sheet, memory in bytes, rent in dollars per hour."""
+
+    bfloat16_flops_per_second: float
+    memory_bytes: int
+    dollars_per_hour: float
+
+
+# FLOP/s and memory: the makers' data sheets, dense, for the part named. Rent: on-demand list prices of the large GPU
+# clouds (Lambda; RunPod for the consumer cards) at the beginning of 2026, for orientation: they change monthly.
+# The key is looked for in the name that torch reports, in this order.
+DEVICES = {
+    "B200": Device(2250e12, 180 * 10**9, 4.99),
+    "H200": Device(989.5e12, 141 * 10**9, 3.59),
+    "H100 PCIe": Device(756e12, 80 * 10**9, 2.49),
+    "H100": Device(989.5e12, 80 * 10**9, 2.99),
+    "A100": Device(312e12, 80 * 10**9, 1.79),
+    "MI300X": Device(1307.4e12, 192 * 10**9, 2.49),
+    "L40S": Device(362e12, 48 * 10**9, 0.86),
+    "RTX 5090": Device(209.5e12, 32 * 10**9, 0.89),
+    "RTX 4090": Device(165.2e12, 24 * 10**9, 0.69),
+    "RTX 3090": Device(71e12, 24 * 10**9, 0.46),
+}
+
+
+def known_device(name: str) -> Device | None:
+    """The table's entry for a name such as torch reports ("NVIDIA H100 80GB HBM3"), or None."""
+    return next((device for key, device in DEVICES.items() if key.lower() in name.lower()), None)
+
+
+def native_bfloat16(device: torch.device | str) -> bool:
+    """Whether the hardware multiplies bfloat16 itself. Where it does not, bfloat16 is emulated and slower than float32
+    (50 times, on an AVX2 processor)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Older versions of torch cannot tell: float32 is then the safe answer.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """The rate of a large square matrix product, the best of what fits into about `seconds`: a run's upper limit."""
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 8192
+    x = torch.randn(size, size, device=device).to(dtype)  # (size, size)
+    torch.mm(x, x)  # the first product pays for setting up threads and kernels
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(x, x)
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def peak_flops_per_second(device: torch.device | str, dtype: torch.dtype) -> float:
+    """What utilisation (MFU) is measured against: the data sheet of a known GPU in bfloat16, else a measurement."""
+    device = torch.device(device)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = known_device(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.bfloat16_flops_per_second
+    return matmul_flops_per_second(device, dtype)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
