@@ -1,0 +1,33 @@
+"""nanochat for Transformers: the network and its conversation format. Importing the package registers the network
+with the Auto classes, so that a saved folder loads without `trust_remote_code` where the package is installed."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_nanochat_gpt import NanoChatGPTConfig
+from .modeling_nanochat_gpt import NanoChatGPTForCausalLM, NanoChatGPTModel
+from .tokenization_nanochat_gpt import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    encode_text,
+    message_text,
+    render_conversation,
+    render_prompt,
+    token_bytes,
+)
+
+AutoConfig.register(NanoChatGPTConfig.model_type, NanoChatGPTConfig)
+AutoModel.register(NanoChatGPTConfig, NanoChatGPTModel)
+AutoModelForCausalLM.register(NanoChatGPTConfig, NanoChatGPTForCausalLM)
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "SPLIT_PATTERN",
+    "NanoChatGPTConfig",
+    "NanoChatGPTForCausalLM",
+    "NanoChatGPTModel",
+    "encode_text",
+    "message_text",
+    "render_conversation",
+    "render_prompt",
+    "token_bytes",
+]

@@ -1,0 +1,111 @@
+"""Cross entropy of a soft-capped head, a chunk of tokens at a time.
+
+The float32 logits of a whole batch (tokens x vocabulary) are the largest tensor of a training step, and four passes
+over them cost as much time as the head's matrix product. Here the head, the cap, the loss and its gradients are worked
+out for one chunk before the next one begins: the gradients of the hidden states and of the head are made in the
+forward pass, while a chunk's probabilities are at hand (3 matrix products instead of the 4 of a recomputation).
+The costs: the weight of every token must be known in advance, and the head's gradient lives through the backward pass.
+"""
+
+import torch
+
+IGNORE_INDEX = -100  # PyTorch's and Transformers' mark of a target without loss
+# Floats of one chunk of logits. 2^21 (8 MB) stays in a CPU's last-level cache; on a GPU 2^27 (512 MB) fills the device.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+
+
+def tokens_per_chunk(num_tokens: int, vocab_size: int, device_type: str) -> int:
+    """Rows of a chunk: a power of two of at least 64 whose logits fit the budget of the device."""
+    budget = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocab_size
+    return min(num_tokens, max(64, 1 << max(budget, 1).bit_length() - 1))
+
+
+def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
+    """cap * tanh(hidden @ weight.T / cap) in float32. (N, C), (V, C) -> (N, V)"""
+    return softcap * torch.tanh((hidden @ weight.T).float() / softcap)
+
+
+def chunked_token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float
+) -> torch.Tensor:
+    """-log p(target) for every token, for evaluation (nothing is kept for a backward pass).
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head; cast to the dtype of `hidden`.
+        targets: (N,) token ids, or IGNORE_INDEX.
+
+    Returns:
+        (N,) float32 losses in nats, 0 where the target is ignored.
+    """
+    weight = weight.detach().to(hidden.dtype)
+    chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
+    losses = []
+    for rows, ids in zip(hidden.detach().split(chunk), targets.split(chunk)):
+        logits = softcapped_logits(rows, weight, softcap)  # (n, V)
+        losses.append(_losses_of(logits, torch.logsumexp(logits, dim=-1), ids))
+    return torch.cat(losses)
+
+
+def _losses_of(logits: torch.Tensor, log_normalizer: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    target_logits = logits.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (log_normalizer - target_logits).masked_fill(ids == IGNORE_INDEX, 0.0)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over the tokens of token_weight * -log p(target), with both gradients made in the forward pass.
+
+    Arguments of `apply`: hidden (N, C), weight (V, C), targets (N,), token_weights (N,) float32 (0 where the target is
+    ignored), softcap. Returns a float32 scalar. No gradient flows to the token weights.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, softcap):
+        cast_weight = weight.to(hidden.dtype)  # (V, C)
+        chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grads = []
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, ids, scale in zip(hidden.split(chunk), targets.split(chunk), token_weights.split(chunk)):
+            capped = torch.tanh((rows @ cast_weight.T).float() / softcap)  # (n, V), in [-1, 1]
+            logits = capped * softcap
+            log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)  # (n, 1)
+            loss = loss + (_losses_of(logits, log_normalizer.squeeze(-1), ids) * scale).sum()
+            is_target = torch.arange(len(weight), device=ids.device) == ids.unsqueeze(-1)
+            logits_grad = torch.exp(logits - log_normalizer) - is_target.float()
+            logits_grad = (logits_grad * (1 - capped * capped) * scale.unsqueeze(-1)).to(hidden.dtype)
+            hidden_grads.append(logits_grad @ cast_weight)  # (n, C)
+            weight_grad = weight_grad + logits_grad.T @ rows  # (V, C)
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, loss_grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad * loss_grad, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean loss over the targets that are not ignored, or the sum over `num_items` if that is given.
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head.
+        targets: (N,) token ids, or IGNORE_INDEX.
+        num_items: number of targets of a whole optimizer step (several micro-batches), as the Trainer counts them.
+
+    Returns:
+        float32 scalar in nats; 0 if every target is ignored.
+    """
+    counted = targets != IGNORE_INDEX
+    if num_items is None:
+        num_items = counted.sum().clamp(min=1)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return chunked_token_losses(hidden, weight, targets, softcap).sum() / num_items
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, counted.float() / num_items, softcap)

@@ -1,0 +1,503 @@
+"""The nanochat network: one class for every era of upstream's checkpoints, at home in Transformers.
+
+A GPT without biases, learnt norms or tied embeddings: rotary positions, normalised queries and keys, squared ReLU, a
+soft-capped head; from 2026-01 gated value embeddings, learnt residual weights and sliding windows; from 2026-03
+smeared embeddings and backout. The configuration says what a network has (`configuration_nanochat_gpt.py`).
+
+Master weights may stay in float32 while activations run in bfloat16: every Linear casts its weight in forward, which
+costs one pass over the weight and, unlike autocast, compiles to the same numbers as eager. The loss never leaves its
+chunk, so a forward pass with labels returns no logits unless they are asked for.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .chunked_cross_entropy import IGNORE_INDEX, chunked_cross_entropy, chunked_token_losses
+from .configuration_nanochat_gpt import NanoChatGPTConfig
+
+
+class CastLinear(nn.Linear):
+    """A Linear without bias whose weight follows the dtype of its input. `init_rule` says how it is drawn."""
+
+    def __init__(self, in_features: int, out_features: int, init_rule: str):
+        super().__init__(in_features, out_features, bias=False)
+        self.init_rule = init_rule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class MarkedEmbedding(nn.Embedding):
+    """An Embedding that knows how it is drawn."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_rule: str):
+        super().__init__(num_embeddings, embedding_dim)
+        self.init_rule = init_rule
+
+
+class ResidualScalars(nn.Module):
+    """Learnt weights of the residual stream, float32 vectors in a module of their own so that they can be initialised.
+
+    Before block i the stream becomes resid_lambdas[i] * x + x0_lambdas[i] * x0, x0 being the first embedding.
+    """
+
+    def __init__(self, config: NanoChatGPTConfig):
+        super().__init__()
+        self.init_rule = "scalars"
+        self.resid_lambdas = nn.Parameter(torch.empty(config.num_hidden_layers))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.num_hidden_layers))
+        if config.smear_channels:
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.use_backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+
+
+class NanoChatGPTRotaryEmbedding(LlamaRotaryEmbedding):
+    """Cosines and sines of the rotary angles, each half a head wide."""
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # (B or 1, T, D/2)
+        tables = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        if self.config.bfloat16_rotary_tables:
+            tables = tuple(table.to(torch.bfloat16) for table in tables)
+        cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in tables)  # (B or 1, T, 1, D/2)
+        return cos, sin
+
+
+def rms_norm(x: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    """Divides by the root mean square of the last dimension; without eps, by the machine epsilon of the dtype."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x1, x2) of the two halves of a head by minus the angle. (B, T, H, D)"""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class NanoChatGPTAttention(nn.Module):
+    """Grouped-query attention: rotary turn first, then norm of queries and keys, gated value embeddings."""
+
+    def __init__(self, config: NanoChatGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if "sliding" in config.layer_types[layer_idx] else None
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = CastLinear(config.hidden_size, config.num_attention_heads * config.head_dim, "input")
+        self.k_proj = CastLinear(config.hidden_size, key_value_size, "input")
+        self.v_proj = CastLinear(config.hidden_size, key_value_size, "input")
+        self.o_proj = CastLinear(config.num_attention_heads * config.head_dim, config.hidden_size, "zero")
+        if config.has_value_embedding(layer_idx):
+            self.value_gate = CastLinear(config.value_gate_channels, config.num_key_value_heads, "gate")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        value_embedding: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]  # (B, T)
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape)  # (B, T, H, D)
+        key = self.k_proj(hidden_states).view(heads_shape)  # (B, T, H_kv, D)
+        value = self.v_proj(hidden_states).view(heads_shape)
+        if value_embedding is not None:
+            gate = torch.sigmoid(self.value_gate(hidden_states[..., : self.config.value_gate_channels]))  # (B, T, H_kv)
+            value = value + self.config.value_gate_scale * gate.unsqueeze(-1) * value_embedding.view(heads_shape)
+
+        eps, scale = self.config.rms_norm_eps, self.config.query_key_scale
+        query = rms_norm(rotate(query, *position_embeddings), eps) * scale
+        key = rms_norm(rotate(key, *position_embeddings), eps) * scale
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, T, D)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class NanoChatGPTMLP(nn.Module):
+    """Up, squared ReLU, down."""
+
+    def __init__(self, config: NanoChatGPTConfig):
+        super().__init__()
+        self.up_proj = CastLinear(config.hidden_size, config.intermediate_size, "up")
+        self.down_proj = CastLinear(config.intermediate_size, config.hidden_size, "zero")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class NanoChatGPTDecoderLayer(GradientCheckpointingLayer):
+    """One block: the stream mixed with the first embedding, attention, MLP."""
+
+    def __init__(self, config: NanoChatGPTConfig, layer_idx: int):
+        super().__init__()
+        self.rms_norm_eps = config.rms_norm_eps
+        self.self_attn = NanoChatGPTAttention(config, layer_idx)
+        self.mlp = NanoChatGPTMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        first_embedding: torch.Tensor,
+        residual_weights: tuple[torch.Tensor, torch.Tensor] | None,
+        value_embedding: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        if residual_weights is not None:
+            resid_lambda, x0_lambda = residual_weights
+            hidden_states = resid_lambda * hidden_states + x0_lambda * first_embedding
+        attention_output, _ = self.self_attn(
+            rms_norm(hidden_states, self.rms_norm_eps),
+            position_embeddings,
+            value_embedding=value_embedding,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(rms_norm(hidden_states, self.rms_norm_eps))
+
+
+class NanoChatGPTPreTrainedModel(PreTrainedModel):
+    """Flags that tell Transformers what these networks can do, and how fresh weights are drawn."""
+
+    config_class = NanoChatGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoChatGPTDecoderLayer"]  # noqa: RUF012 (a field of the parent class)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": NanoChatGPTDecoderLayer,
+        "attentions": NanoChatGPTAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Upstream's initialisation. Only the owner of a tensor initialises it: Transformers skips the others."""
+        rule = getattr(module, "init_rule", None)
+        if rule is None:
+            return super()._init_weights(module)
+        if rule == "scalars":
+            return self._init_scalars(module)
+        head_scheme = self.config.init_scheme == "head"
+        bound = (3 / self.config.hidden_size) ** 0.5  # a uniform distribution of standard deviation hidden ** -0.5
+        if rule == "embedding":
+            init.normal_(module.weight, std=0.8 if head_scheme else 1.0)
+        elif rule == "head":
+            init.normal_(module.weight, std=0.001)
+        elif rule == "input":
+            init.uniform_(module.weight, -bound, bound)
+        elif rule == "up":
+            bound = 0.4 * bound if head_scheme else bound
+            init.uniform_(module.weight, -bound, bound)
+        elif rule == "gate" and head_scheme:
+            init.uniform_(module.weight, 0.0, 0.02)
+        else:  # "zero", and the seed's gates
+            init.zeros_(module.weight)
+
+    def _init_scalars(self, scalars: ResidualScalars):
+        n = self.config.num_hidden_layers
+        if self.config.init_scheme == "head":
+            depth = torch.arange(n) / max(n - 1, 1)  # 0 for the first layer, 1 for the last
+            init.copy_(scalars.resid_lambdas, 1.15 - 0.10 * depth)
+            init.copy_(scalars.x0_lambdas, 0.20 - 0.15 * depth)
+        else:
+            init.constant_(scalars.resid_lambdas, 1.0)
+            init.constant_(scalars.x0_lambdas, 0.1)
+        if self.config.smear_channels:
+            init.zeros_(scalars.smear_lambda)
+        if self.config.use_backout:
+            init.constant_(scalars.backout_lambda, 0.2)
+
+
+class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
+    """The network without its head: token ids to hidden states after the last norm."""
+
+    def __init__(self, config: NanoChatGPTConfig):
+        super().__init__(config)
+        self.activation_dtype: torch.dtype | None = None
+        self.embed_tokens = MarkedEmbedding(config.vocab_size, config.hidden_size, "embedding")
+        self.layers = nn.ModuleList(NanoChatGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(i): MarkedEmbedding(config.vocab_size, config.num_key_value_heads * config.head_dim, "input")
+                for i in range(config.num_hidden_layers)
+                if config.has_value_embedding(i)
+            }
+        )
+        if config.use_residual_scalars:
+            self.residual_scalars = ResidualScalars(config)
+        if config.smear_channels:
+            self.smear_gate = CastLinear(config.smear_channels, 1, "gate")
+        self.rotary_emb = NanoChatGPTRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) token ids -> (B, T, C) hidden states.
+
+        `inputs_embeds` replaces the token embeddings; networks with value embeddings need the token ids beside it.
+
+        Raises:
+            ValueError: without token ids or embeddings, or if value embeddings are to be looked up without ids.
+        """
+        if inputs_embeds is None and input_ids is None:
+            raise ValueError("input_ids and inputs_embeds are both None, expected at least one of them")
+        if input_ids is None and len(self.value_embeddings):
+            raise ValueError(
+                "inputs_embeds came without input_ids: this network looks value embeddings up by token id "
+                "(use_value_embeddings is True); pass the ids beside the embeddings"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.activation_dtype is not None:
+            inputs_embeds = inputs_embeds.to(self.activation_dtype)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+        hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
+        if self.config.smear_channels:
+            hidden_states = self._smear(hidden_states, position_ids, past_key_values)
+        hidden_states = self._run_layers(hidden_states, input_ids, position_ids, masks, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=rms_norm(hidden_states, self.config.rms_norm_eps), past_key_values=past_key_values
+        )
+
+    def _run_layers(self, hidden_states, input_ids, position_ids, masks, past_key_values, **kwargs) -> torch.Tensor:
+        """The blocks, from the embedding to the stream before the last norm. (B, T, C) -> (B, T, C)"""
+        config = self.config
+        first_embedding = hidden_states
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        residual_weights = [None] * config.num_hidden_layers
+        if config.use_residual_scalars:
+            scalars = self.residual_scalars
+            residual_weights = list(zip(scalars.resid_lambdas.unbind(), scalars.x0_lambdas.unbind()))
+        for i, layer in enumerate(self.layers):
+            value_embedding = None
+            if config.has_value_embedding(i):
+                value_embedding = self.value_embeddings[str(i)](input_ids).to(hidden_states.dtype)  # (B, T, H_kv * D)
+            hidden_states = layer(
+                hidden_states,
+                first_embedding,
+                residual_weights[i],
+                value_embedding,
+                position_embeddings,
+                attention_mask=masks["sliding_attention" if "sliding" in config.layer_types[i] else "full_attention"],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if config.use_backout and i == config.num_hidden_layers // 2:
+                middle = hidden_states
+        if config.use_backout:
+            hidden_states = hidden_states - self.residual_scalars.backout_lambda.to(hidden_states.dtype) * middle
+        return hidden_states
+
+    def _smear(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Adds to each embedding a gated share of the one before it; the token at position 0 has none before it.
+
+        With a cache the last embedding (before smearing) is kept as layer 0's convolution state of one position.
+        """
+        length = hidden_states.shape[1]
+        before = F.pad(hidden_states, (0, 0, 1, 0))  # (B, 1 + T, C)
+        if past_key_values is not None:
+            states = past_key_values.update_conv_state(hidden_states.transpose(1, 2), 0, conv_kernel_size=1)
+            before = F.pad(states.transpose(1, 2), (0, 0, 1, 0))
+        before = before[:, -length - 1 : -1]  # (B, T, C)
+        gate = torch.sigmoid(self.smear_gate(hidden_states[..., : self.config.smear_channels]))  # (B, T, 1)
+        gate = self.residual_scalars.smear_lambda.to(gate.dtype) * gate * (position_ids > 0).unsqueeze(-1)
+        return hidden_states + gate * before
+
+    def _positions(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+        """Positions counted from the first token that a 2-D mask does not hide, else from the cache's length."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+
+    def _attention_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        """One mask for each kind of layer. Only positions the caller gave may split a row into packed sequences."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return self.create_masks_for_generate(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict:
+        """Masks by kind of layer, also called by `generate`; the library's own gives hybrid layers no window."""
+        arguments = (config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = {"full_attention": create_causal_mask(*arguments)}
+        if any("sliding" in kind for kind in config.layer_types):
+            masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments)
+        return masks
+
+
+class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
+    """The network with its head: next-token logits, the training loss, and `generate`."""
+
+    create_masks_for_generate = staticmethod(NanoChatGPTModel.create_masks_for_generate)
+
+    def __init__(self, config: NanoChatGPTConfig):
+        super().__init__(config)
+        self.model = NanoChatGPTModel(config)
+        self.lm_head = CastLinear(config.hidden_size, config.vocab_size, "head")
+        self.post_init()
+
+    def set_activation_dtype(self, dtype: torch.dtype | None) -> None:
+        """Runs the network in `dtype` on top of weights of another one; None follows the weights. Is not saved."""
+        self.model.activation_dtype = dtype
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits, or the loss.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T), the input ids themselves; shifted here, so that T - 1 targets of a row count.
+            shift_labels: (B, T), the targets of each position: all T count. Beats `labels`. -100 is ignored in both.
+            num_items_in_batch: divides the summed loss instead of the number of targets (gradient accumulation).
+            logits_to_keep: last positions (or a tensor of indices) whose logits are wanted, 0 for all. If None:
+                all without labels, none with labels, as the loss is made in chunks that never exist together.
+
+        Returns:
+            loss: float32 scalar in nats; logits: (B, kept, V) float32.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, C)
+        loss = None
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if shift_labels is not None:
+            loss = chunked_cross_entropy(
+                hidden_states.flatten(0, 1),
+                self.lm_head.weight,
+                shift_labels.flatten().to(hidden_states.device),
+                self.config.final_logit_softcapping,
+                num_items_in_batch,
+            )
+        logits = None
+        if loss is None or logits_to_keep is not None:
+            kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
+            logits = self._logits(kept)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        cap = self.config.final_logit_softcapping
+        return cap * torch.tanh(self.lm_head(hidden_states).float() / cap)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """-log p(target) at every position, for evaluation.
+
+        Args:
+            input_ids: (B, T).
+            targets: (B, T), the token after each position, or -100 where none is scored.
+            attention_mask: (B, T), 0 where the input is padding.
+
+        Returns:
+            (B, T) float32 losses in nats, 0 where the target is -100.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        losses = chunked_token_losses(
+            outputs.last_hidden_state.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            self.config.final_logit_softcapping,
+        )
+        return losses.view(targets.shape)
