@@ -13,7 +13,13 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     render_prompt,
     token_bytes,
 )
-from training.tokenizer_training import limit_characters, tiktoken_encoding, tokenizer_from_ranks, train_tokenizer
+from training.tokenizer_training import (
+    BulkEncoder,
+    limit_characters,
+    tiktoken_encoding,
+    tokenizer_from_ranks,
+    train_tokenizer,
+)
 
 WORDS = "the of and a to in he have it that for they with as not on she at by this we you do but from or which one"
 AWKWARD = [
@@ -70,6 +76,15 @@ def test_round_trip_and_ids_equal_tiktoken(tokenizer):
         assert tokenizer.decode(ids) == text
         assert ids == encoding.encode_ordinary(text)
     assert encoding.n_vocab == len(tokenizer)
+
+
+def test_bulk_encoder_equals_the_plain_one_and_survives_a_million_blanks(tokenizer):
+    encode = BulkEncoder(tokenizer)
+    for text in [*AWKWARD, " ".join(sample_text(120_000))]:
+        ids = encode(text)
+        assert ids.dtype == "int32" and ids.tolist() == [503, *encode_text(tokenizer, text)]
+    blanks = "a" + " " * 1_050_000 + "b" + "\n" * 250_000
+    assert tokenizer.decode(encode(blanks)[1:]) == blanks
 
 
 def test_token_bytes_add_up_to_the_length_of_the_text(tokenizer):

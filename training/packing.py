@@ -140,13 +140,14 @@ class BestFitPacker:
             if len(document):  # of a document longer than a row, no more than a row's beginning can ever be used
                 self.index.add(len(document), np.asarray(document[: self.row_length], dtype=np.int32).copy())
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state as references to (never changed) arrays: cheap enough to take after every batch."""
-        return {"buffer": list(self.index), "stats": asdict(self.stats)}
-
     def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain numbers, as `torch.save` and a `weights_only` load like them."""
-        return packer_state(self.snapshot())
+        """The buffered documents end to end with their lengths, and the counts: what a `weights_only` load reads."""
+        documents = [document for _, document in self.index]
+        return {
+            "tokens": torch.from_numpy(np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)),
+            "lengths": torch.tensor([length for length, _ in self.index], dtype=torch.int64),
+            "stats": asdict(self.stats),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where the packer stood that gave `state`."""
@@ -156,16 +157,6 @@ class BestFitPacker:
         for length, document in zip(state["lengths"].tolist(), documents, strict=True):
             self.index.add(length, document)
         self.stats = PackingStats(**state["stats"])
-
-
-def packer_state(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """A `BestFitPacker.snapshot` as tensors: the buffered documents end to end, and their lengths."""
-    documents = [document for _, document in snapshot["buffer"]]
-    return {
-        "tokens": torch.from_numpy(np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)),
-        "lengths": torch.tensor([length for length, _ in snapshot["buffer"]], dtype=torch.int64),
-        "stats": dict(snapshot["stats"]),
-    }
 
 
 def pack_with_cropping(
