@@ -1,6 +1,7 @@
 """nanochat for Transformers: the network and its conversation format. Importing the package registers the network
 with the Auto classes, so that a saved folder loads without `trust_remote_code` where the package is installed."""
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_nanochat_gpt import NanoChatGPTConfig
@@ -18,6 +19,12 @@ from .tokenization_nanochat_gpt import (
 AutoConfig.register(NanoChatGPTConfig.model_type, NanoChatGPTConfig)
 AutoModel.register(NanoChatGPTConfig, NanoChatGPTModel)
 AutoModelForCausalLM.register(NanoChatGPTConfig, NanoChatGPTForCausalLM)
+# Saving copies the code of classes that are marked so.
+NanoChatGPTConfig.register_for_auto_class("AutoConfig")
+NanoChatGPTModel.register_for_auto_class("AutoModel")
+NanoChatGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# `transformers serve` looks a checkpoint's class up by its name in the library.
+transformers.NanoChatGPTForCausalLM = NanoChatGPTForCausalLM
 
 __all__ = [
     "SPECIAL_TOKENS",

@@ -30,6 +30,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .chunked_cross_entropy import IGNORE_INDEX, chunked_cross_entropy, chunked_token_losses
 from .configuration_nanochat_gpt import NanoChatGPTConfig
 
+# Where a saved folder finds its code. Transformers alone would write no AutoModel entry for a network with a head.
+AUTO_MAP = {
+    "AutoConfig": "configuration_nanochat_gpt.NanoChatGPTConfig",
+    "AutoModel": "modeling_nanochat_gpt.NanoChatGPTModel",
+    "AutoModelForCausalLM": "modeling_nanochat_gpt.NanoChatGPTForCausalLM",
+}
+
 
 class CastLinear(nn.Linear):
     """A Linear without bias whose weight follows the dtype of its input. `init_rule` says how it is drawn."""
@@ -256,6 +263,14 @@ class NanoChatGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(scalars.smear_lambda)
         if self.config.use_backout:
             init.constant_(scalars.backout_lambda, 0.2)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves weights, configuration and code: `trust_remote_code=True` then loads the folder without this package.
+
+        The map is written anew each time, so that a model that came from the Hub does not point back there.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
