@@ -195,6 +195,68 @@ def accumulation_steps(batch_tokens: int, device_batch_size: int, sequence_lengt
     return batch_tokens // micro_batch
 
 
+# ---------------------------------------------------------------- memory and the batch on a device
+
+
+# Values, in units of the hidden size, that autograd keeps of one token in one block: counted with saved_tensors_hooks
+# on the compiled network (8 of them in the MLP); the eager one keeps 22. So 32 rows of d20 fit 80 GB, as upstream's do.
+SAVED_PER_LAYER = 20
+LOSS_CHUNK_BYTES = 3 * 4 * 2**27  # logits, probabilities and their gradient of one chunk of the loss, on a GPU
+USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
+CPU_MICRO_BATCH_TOKENS = 4096  # on a CPU larger micro-batches are no faster (measured flat from 1024 to 8192)
+
+
+def memory_per_device(
+    config: NanoChatGPTConfig, rows: int, sequence_length: int, world_size: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Estimated bytes of training on each of `world_size` devices, by use.
+
+    Master weights are float32; with bfloat16 activations the embedding tables are bfloat16 too. The optimizer's state
+    is split over the devices, weights and gradients are whole on each of them.
+    """
+    counts, size = count_parameters(config), dtype.itemsize
+    embeddings = counts.token_embedding + counts.value_embeddings
+    weights = 4 * (counts.scaling + counts.scalars) + size * embeddings
+    state = 4 * counts.matrices + 2 * (4 * counts.head + size * embeddings)  # momentum; two moments
+    casts = size * counts.scaling if size < 4 else 0
+    per_token = SAVED_PER_LAYER * config.num_hidden_layers * config.hidden_size * size
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer state": state // world_size,
+        "activations": rows * sequence_length * per_token + casts,
+        "loss": LOSS_CHUNK_BYTES + 4 * counts.head,
+    }
+
+
+def largest_device_batch(
+    config: NanoChatGPTConfig,
+    *,
+    batch_tokens: int,
+    sequence_length: int,
+    world_size: int,
+    memory_bytes: int,
+    dtype: torch.dtype,
+) -> int:
+    """Rows of a micro-batch: the largest power of two that fits the device's memory and divides the global batch.
+
+    Raises:
+        ValueError: not even one row fits, or the global batch is no whole number of rows on every device.
+    """
+    accumulation_steps(batch_tokens, 1, sequence_length, world_size)  # explains a batch that cannot be divided
+    rows = batch_tokens // (sequence_length * world_size)
+    rows &= -rows  # the largest power of two that divides it
+    while sum(memory_per_device(config, rows, sequence_length, world_size, dtype).values()) > memory_bytes:
+        if rows == 1:
+            raise ValueError(
+                f"one row of {sequence_length} tokens needs about "
+                f"{sum(memory_per_device(config, 1, sequence_length, world_size, dtype).values()) / 1e9:.1f} GB of a "
+                f"device's {memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, or FSDP"
+            )
+        rows //= 2
+    return rows
+
+
 # ---------------------------------------------------------------- devices
 
 

@@ -1,0 +1,128 @@
+"""What a pretraining run of some depth will be: parameters, tokens, FLOPs, memory, time and cost, before paying for it.
+
+    python -m recipes.plan --depth 20 --gpus 8 --device H100
+
+Nothing is built and no device is needed: everything follows by formula from the depth (`training/scaling.py`). Time and
+cost rest on an assumed utilisation, memory on counts of what a compiled step keeps: good to about a quarter, enough to
+choose a depth, a device and a batch.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from trl import TrlParser
+
+from modeling_nanochat import NanoChatGPTConfig
+from recipes.stage import readable_time
+from training import scaling
+
+# Upstream's d24 took 3.04 h on eight H100 (2026-02-01): that is 0.42 of their data sheet by this count of FLOPs.
+UTILISATION = 0.4
+
+
+@dataclass
+class PlanArguments:
+    """What to plan."""
+
+    depth: int = field(default=20, metadata={"help": "Number of layers; sets the whole shape."})
+    gpus: int = field(default=8, metadata={"help": "Number of devices."})
+    device: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(scaling.DEVICES)}; by default a line for each of them."}
+    )
+    era: str = field(default="seed", metadata={"help": "Network and optimizer of upstream's 'seed' or 'head'."})
+    vocab_size: int = field(default=32768, metadata={"help": "Tokens of the vocabulary."})
+    head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
+    sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
+    window_pattern: str | None = field(default=None, metadata={"help": "Letters S and L; by default the era's."})
+    total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a step over all devices."})
+    tokens_per_parameter: float = field(
+        default=scaling.TOKENS_PER_PARAMETER, metadata={"help": "Horizon: tokens for each scaling parameter."}
+    )
+    target_flops: float | None = field(default=None, metadata={"help": "Horizon: a budget of FLOPs."})
+    max_steps: int | None = field(default=None, metadata={"help": "Horizon: a number of optimizer steps."})
+    utilisation: float = field(
+        default=UTILISATION, metadata={"help": "Share of a device's data sheet that training is expected to reach."}
+    )
+
+
+def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.TrainingPlan]:
+    """The network and the run that the arguments describe."""
+    config = NanoChatGPTConfig.from_depth(
+        arguments.depth,
+        vocab_size=arguments.vocab_size,
+        head_dim=arguments.head_dim,
+        max_position_embeddings=arguments.sequence_length,
+        era=arguments.era,
+        window_pattern=arguments.window_pattern,
+    )
+    plan = scaling.plan_training(
+        config,
+        era=arguments.era,
+        batch_tokens=arguments.total_batch_tokens,
+        max_steps=arguments.max_steps,
+        target_flops=arguments.target_flops,
+        tokens_per_parameter=arguments.tokens_per_parameter,
+    )
+    return config, plan
+
+
+def describe_plan(config: NanoChatGPTConfig, plan: scaling.TrainingPlan) -> str:
+    """The network and the run, line by line."""
+    parameters = asdict(plan.parameters)
+    lines = [
+        f"depth {config.num_hidden_layers}: {config.hidden_size} wide, {config.num_attention_heads} heads of "
+        f"{config.head_dim}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
+        "",
+        *(f"{name.replace('_', ' '):>20} {count:>16,}" for name, count in parameters.items()),
+        f"{'all parameters':>20} {plan.parameters.total:>16,}",
+        f"{'scaling parameters':>20} {plan.parameters.scaling:>16,}",
+        "",
+        f"{'tokens':>20} {plan.tokens:>16,}  ({plan.tokens / plan.parameters.scaling:.1f} a scaling parameter)",
+        f"{'optimizer steps':>20} {plan.steps:>16,}  of {plan.batch_tokens:,} tokens",
+        f"{'FLOPs':>20} {plan.flops:>16.3e}  ({plan.flops_per_token:.3e} a token)",
+        f"{'weight decay':>20} {plan.weight_decay:>16.4f}",
+        f"{'learning rates':>20} {scaling.learning_rate_scale(plan.batch_tokens):>16.3f}  times their base values",
+    ]
+    return "\n".join(lines)
+
+
+def describe_device(
+    name: str, config: NanoChatGPTConfig, plan: scaling.TrainingPlan, gpus: int, utilisation: float
+) -> str:
+    """One line of the table of devices: micro-batch, memory, time and cost, or why it does not fit."""
+    device, length = scaling.DEVICES[name], config.max_position_embeddings
+    seconds = plan.flops / (device.bfloat16_flops_per_second * utilisation * gpus)
+    dollars = seconds / 3600 * gpus * device.dollars_per_hour
+    try:
+        rows = scaling.largest_device_batch(
+            config,
+            batch_tokens=plan.batch_tokens,
+            sequence_length=length,
+            world_size=gpus,
+            memory_bytes=int(scaling.USABLE_MEMORY * device.memory_bytes),
+            dtype=torch.bfloat16,
+        )
+    except ValueError as error:
+        return f"{name:>10}  {error}"
+    memory = scaling.memory_per_device(config, rows, length, gpus, torch.bfloat16)
+    steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
+    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in memory.items())
+    return (
+        f"{name:>10}  {readable_time(seconds):>12}  {dollars:>9,.0f} $  {rows:>3} rows x {steps:<3} "
+        f" {sum(memory.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"
+    )
+
+
+def main() -> None:
+    (arguments,) = TrlParser((PlanArguments,)).parse_args_and_config()
+    if arguments.device is not None and arguments.device not in scaling.DEVICES:
+        raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(scaling.DEVICES)}")
+    config, plan = plan_of(arguments)
+    print(describe_plan(config, plan))
+    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation:")
+    for name in [arguments.device] if arguments.device else scaling.DEVICES:
+        print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
+
+
+if __name__ == "__main__":
+    main()
