@@ -16,9 +16,6 @@ from modeling_nanochat import NanoChatGPTConfig
 from recipes.stage import readable_time
 from training import scaling
 
-# Upstream's d24 took 3.04 h on eight H100 (2026-02-01): that is 0.42 of their data sheet by this count of FLOPs.
-UTILISATION = 0.4
-
 
 @dataclass
 class PlanArguments:
@@ -41,7 +38,8 @@ class PlanArguments:
     target_flops: float | None = field(default=None, metadata={"help": "Horizon: a budget of FLOPs."})
     max_steps: int | None = field(default=None, metadata={"help": "Horizon: a number of optimizer steps."})
     utilisation: float = field(
-        default=UTILISATION, metadata={"help": "Share of a device's data sheet that training is expected to reach."}
+        default=scaling.EXPECTED_UTILISATION["cuda"],
+        metadata={"help": "Share of a device's data sheet that training is expected to reach."},
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling_nanochat import NanoChatGPTConfig
+from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
 
 TOKENS_PER_PARAMETER = 10.5  # upstream's compute-optimal ratio of tokens to scaling parameters (block matrices + head)
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which upstream tuned the base learning rates
@@ -201,15 +202,20 @@ def accumulation_steps(batch_tokens: int, device_batch_size: int, sequence_lengt
 # Values, in units of the hidden size, that autograd keeps of one token in one block: counted with saved_tensors_hooks
 # on the compiled network (8 of them in the MLP); the eager one keeps 22. So 32 rows of d20 fit 80 GB, as upstream's do.
 SAVED_PER_LAYER = 20
-LOSS_CHUNK_BYTES = 3 * 4 * 2**27  # logits, probabilities and their gradient of one chunk of the loss, on a GPU
+LOSS_COPIES = 3  # of one chunk of logits in float32: logits, probabilities and their gradient
 USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
 CPU_MICRO_BATCH_TOKENS = 4096  # on a CPU larger micro-batches are no faster (measured flat from 1024 to 8192)
 
 
 def memory_per_device(
-    config: NanoChatGPTConfig, rows: int, sequence_length: int, world_size: int, dtype: torch.dtype
+    config: NanoChatGPTConfig,
+    rows: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str = "cuda",
 ) -> dict[str, int]:
-    """Estimated bytes of training on each of `world_size` devices, by use.
+    """Estimated bytes of training on each of `world_size` devices, by use; `dtype` is that of the activations.
 
     Master weights are float32; with bfloat16 activations the embedding tables are bfloat16 too. The optimizer's state
     is split over the devices, weights and gradients are whole on each of them.
@@ -225,7 +231,7 @@ def memory_per_device(
         "gradients": weights,
         "optimizer state": state // world_size,
         "activations": rows * sequence_length * per_token + casts,
-        "loss": LOSS_CHUNK_BYTES + 4 * counts.head,
+        "loss": LOSS_COPIES * 4 * CHUNK_ELEMENTS[device_type] + 4 * counts.head,
     }
 
 
@@ -237,6 +243,7 @@ def largest_device_batch(
     world_size: int,
     memory_bytes: int,
     dtype: torch.dtype,
+    device_type: str = "cuda",
 ) -> int:
     """Rows of a micro-batch: the largest power of two that fits the device's memory and divides the global batch.
 
@@ -246,15 +253,16 @@ def largest_device_batch(
     accumulation_steps(batch_tokens, 1, sequence_length, world_size)  # explains a batch that cannot be divided
     rows = batch_tokens // (sequence_length * world_size)
     rows &= -rows  # the largest power of two that divides it
-    while sum(memory_per_device(config, rows, sequence_length, world_size, dtype).values()) > memory_bytes:
+    while True:
+        memory = memory_per_device(config, rows, sequence_length, world_size, dtype, device_type)
+        if sum(memory.values()) <= memory_bytes:
+            return rows
         if rows == 1:
             raise ValueError(
-                f"one row of {sequence_length} tokens needs about "
-                f"{sum(memory_per_device(config, 1, sequence_length, world_size, dtype).values()) / 1e9:.1f} GB of a "
-                f"device's {memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, or FSDP"
+                f"one row of {sequence_length} tokens needs about {sum(memory.values()) / 1e9:.1f} GB of a device's "
+                f"{memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, or FSDP"
             )
         rows //= 2
-    return rows
 
 
 # ---------------------------------------------------------------- devices
@@ -289,6 +297,11 @@ DEVICES = {
 def known_device(name: str) -> Device | None:
     """The table's entry for a name such as torch reports ("NVIDIA H100 80GB HBM3"), or None."""
     return next((device for key, device in DEVICES.items() if key.lower() in name.lower()), None)
+
+
+# Share of `peak_flops_per_second` that training is expected to reach, for the announced time. Upstream's d24 took 3.04
+# hours on eight H100 (2026-02-01), 0.42 of the data sheet by this count; two CPU cores gave 0.65 of a float32 product.
+EXPECTED_UTILISATION = {"cuda": 0.4, "cpu": 0.6}
 
 
 def native_bfloat16(device: torch.device | str) -> bool:
