@@ -1,0 +1,148 @@
+"""The calculator: what an expression is worth, and how its value gets into the text while a model generates.
+
+A model calls it by writing an expression between `<|python_start|>` and `<|python_end|>`. If the expression has a
+value, the next tokens are not the model's choice any more: `<|output_start|> value <|output_end|>` is forced. The
+processor keeps no state of its own and reads everything from the tokens so far; so it works for batched rows, beams,
+several calls a row, assisted decoding and any cache. That costs one small comparison a step, and a look at the rows
+that have just called.
+
+Expressions are untrusted text. They are checked against an alphabet, parsed, and their syntax tree is walked; nothing
+is ever evaluated by Python itself. Without powers a result has no more digits than the expression, which is bounded in
+length: so depth, size and time are bounded too.
+"""
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from .tokenization_nanochat_gpt import (
+    OUTPUT_END,
+    OUTPUT_START,
+    PYTHON_END,
+    PYTHON_START,
+    encode_text,
+    special_token_ids,
+)
+
+MAX_EXPRESSION_LENGTH = 256  # characters; the longest of GSM8K's 28,000 has 30
+MAX_MAGNITUDE = 10**15  # below this, floats hold whole numbers exactly and are not printed as 1e+16
+MAX_FORCED_TOKENS = 2 + len("-1.2345678901234567e-250")  # both marks and the longest value, one token a character
+
+STRING = r"'[^'\\\r\n]*'|\"[^\"\\\r\n]*\""
+COMMA_OUTSIDE_STRINGS = re.compile(rf"({STRING})|,")
+ALPHABET = re.compile(rf"(?:[0-9+\-*/.() ]|\.count|{STRING})+")
+BINARY_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+UNARY_OPERATORS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def calculate(expression: str) -> str | None:
+    """The value of an expression as Python would print it, or None if it has none.
+
+    Allowed are `+ - * / ( )` on numbers, with commas as in 1,000 dropped, and `'string'.count('x')`. Anything else,
+    a division by zero, an expression over 256 characters or a result of 10^15 and more has no value.
+    """
+    if len(expression) > MAX_EXPRESSION_LENGTH:
+        return None
+    expression = COMMA_OUTSIDE_STRINGS.sub(r"\1", expression).strip()
+    if not ALPHABET.fullmatch(expression):
+        return None
+    try:
+        value = _value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None
+    if not math.isfinite(value) or abs(value) >= MAX_MAGNITUDE:
+        return None
+    return str(value)
+
+
+def _value(node: ast.expr) -> int | float:
+    """The value of a syntax tree of allowed nodes; `ValueError` for any other."""
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY_OPERATORS:
+            return UNARY_OPERATORS[type(op)](_value(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY_OPERATORS:
+            return BINARY_OPERATORS[type(op)](_value(left), _value(right))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+            keywords=[],
+        ):
+            return text.count(part)
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
+
+
+class CalculatorLogitsProcessor(LogitsProcessor):
+    """Forces the calculator's answer after a call: for `generate(..., logits_processor=[...])`.
+
+    Args:
+        tokenizer: a fast tokenizer with the nine special tokens.
+
+    Raises:
+        ValueError: if the tokenizer lacks one of the special tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        special = special_token_ids(tokenizer)
+        self.tokenizer = tokenizer
+        self.python_start, self.python_end = special[PYTHON_START], special[PYTHON_END]
+        self.output_start, self.output_end = special[OUTPUT_START], special[OUTPUT_END]
+        self.answer_tokens = lru_cache(maxsize=4096)(self._answer_tokens)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, T) tokens so far and (B, V) scores of the next one -> scores in which forced tokens are certain."""
+        called = (input_ids[:, -MAX_FORCED_TOKENS:] == self.python_end).any(dim=1)  # (B,)
+        for row in called.nonzero().flatten().tolist():
+            token = self.next_forced_token(input_ids[row].tolist())
+            if token is not None:
+                scores[row] = -float("inf")
+                scores[row, token] = 0.0  # the logarithm of certainty: beams pay nothing for it
+        return scores
+
+    def next_forced_token(self, ids: Sequence[int]) -> int | None:
+        """The token that has to follow `ids`, or None where the model is free to choose."""
+        for end in range(len(ids) - 1, max(len(ids) - 1 - MAX_FORCED_TOKENS, -1), -1):
+            if ids[end] == self.python_end:
+                answer, written = self.answer_after(ids, end), ids[end + 1 :]
+                if len(written) < len(answer) and list(written) == answer[: len(written)]:
+                    return answer[len(written)]
+                return None
+        return None
+
+    def forced_token_mask(self, ids: Sequence[int]) -> list[int]:
+        """1 for every token of a sampled completion that was forced on it, else 0. A cut-off answer counts too."""
+        mask = [0] * len(ids)
+        for end, token in enumerate(ids):
+            if token == self.python_end:
+                for position, answer in enumerate(self.answer_after(ids, end), start=end + 1):
+                    if position >= len(ids) or ids[position] != answer:
+                        break
+                    mask[position] = 1
+        return mask
+
+    def answer_after(self, ids: Sequence[int], end: int) -> list[int]:
+        """What is forced after the call that ends with the mark at position `end`; empty if it has no value."""
+        for start in range(end - 1, -1, -1):
+            if ids[start] == self.python_start:
+                return self.answer_tokens(tuple(ids[start + 1 : end]))
+            if ids[start] == self.python_end:
+                break  # this mark closes nothing
+        return []
+
+    def _answer_tokens(self, expression: tuple[int, ...]) -> list[int]:
+        value = calculate(self.tokenizer.decode(expression, clean_up_tokenization_spaces=False))
+        if value is None:
+            return []
+        return [self.output_start, *encode_text(self.tokenizer, value), self.output_end]
+
+
+def forced_token_mask(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """1 for every token of a sampled completion that the calculator forced, else 0: these carry no loss in RL."""
+    return CalculatorLogitsProcessor(tokenizer).forced_token_mask(ids)
