@@ -4,6 +4,7 @@ with the Auto classes, so that a saved folder loads without `trust_remote_code` 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .attention_choice import choose_attention
 from .configuration_nanochat_gpt import NanoChatGPTConfig
 from .modeling_nanochat_gpt import NanoChatGPTForCausalLM, NanoChatGPTModel
 from .tokenization_nanochat_gpt import (
@@ -32,6 +33,7 @@ __all__ = [
     "NanoChatGPTConfig",
     "NanoChatGPTForCausalLM",
     "NanoChatGPTModel",
+    "choose_attention",
     "encode_text",
     "message_text",
     "render_conversation",

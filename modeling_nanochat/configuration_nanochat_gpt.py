@@ -131,7 +131,6 @@ class NanoChatGPTConfig(PreTrainedConfig):
     smear_channels: int = 0
     use_backout: bool = False
     init_scheme: Literal["seed", "head"] = "seed"
-    attention_dropout: float = 0.0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -9,8 +9,6 @@ costs one pass over the weight and, unlike autocast, compiles to the same number
 chunk, so a forward pass with labels returns no logits unless they are asked for.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,16 +17,22 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .block_attention import BLOCK_ATTENTION
 from .chunked_cross_entropy import IGNORE_INDEX, chunked_cross_entropy, chunked_token_losses
 from .configuration_nanochat_gpt import NanoChatGPTConfig
+from .decoder_layer import (
+    CastLinear,
+    MarkedEmbedding,
+    NanoChatGPTAttention,
+    NanoChatGPTDecoderLayer,
+    NanoChatGPTRotaryEmbedding,
+    rms_norm,
+)
 
 # Where a saved folder finds its code. Transformers alone would write no AutoModel entry for a network with a head.
 AUTO_MAP = {
@@ -36,25 +40,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_nanochat_gpt.NanoChatGPTModel",
     "AutoModelForCausalLM": "modeling_nanochat_gpt.NanoChatGPTForCausalLM",
 }
-
-
-class CastLinear(nn.Linear):
-    """A Linear without bias whose weight follows the dtype of its input. `init_rule` says how it is drawn."""
-
-    def __init__(self, in_features: int, out_features: int, init_rule: str):
-        super().__init__(in_features, out_features, bias=False)
-        self.init_rule = init_rule
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class MarkedEmbedding(nn.Embedding):
-    """An Embedding that knows how it is drawn."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, init_rule: str):
-        super().__init__(num_embeddings, embedding_dim)
-        self.init_rule = init_rule
 
 
 class ResidualScalars(nn.Module):
@@ -74,140 +59,6 @@ class ResidualScalars(nn.Module):
             self.backout_lambda = nn.Parameter(torch.empty(1))
 
 
-class NanoChatGPTRotaryEmbedding(LlamaRotaryEmbedding):
-    """Cosines and sines of the rotary angles, each half a head wide."""
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # (B or 1, T, D/2)
-        tables = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        if self.config.bfloat16_rotary_tables:
-            tables = tuple(table.to(torch.bfloat16) for table in tables)
-        cos, sin = (table.to(x.dtype).unsqueeze(-2) for table in tables)  # (B or 1, T, 1, D/2)
-        return cos, sin
-
-
-def rms_norm(x: torch.Tensor, eps: float | None = None) -> torch.Tensor:
-    """Divides by the root mean square of the last dimension; without eps, by the machine epsilon of the dtype."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x1, x2) of the two halves of a head by minus the angle. (B, T, H, D)"""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
-class NanoChatGPTAttention(nn.Module):
-    """Grouped-query attention: rotary turn first, then norm of queries and keys, gated value embeddings."""
-
-    def __init__(self, config: NanoChatGPTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        self.sliding_window = config.sliding_window if "sliding" in config.layer_types[layer_idx] else None
-        key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = CastLinear(config.hidden_size, config.num_attention_heads * config.head_dim, "input")
-        self.k_proj = CastLinear(config.hidden_size, key_value_size, "input")
-        self.v_proj = CastLinear(config.hidden_size, key_value_size, "input")
-        self.o_proj = CastLinear(config.num_attention_heads * config.head_dim, config.hidden_size, "zero")
-        if config.has_value_embedding(layer_idx):
-            self.value_gate = CastLinear(config.value_gate_channels, config.num_key_value_heads, "gate")
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        value_embedding: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]  # (B, T)
-        heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape)  # (B, T, H, D)
-        key = self.k_proj(hidden_states).view(heads_shape)  # (B, T, H_kv, D)
-        value = self.v_proj(hidden_states).view(heads_shape)
-        if value_embedding is not None:
-            gate = torch.sigmoid(self.value_gate(hidden_states[..., : self.config.value_gate_channels]))  # (B, T, H_kv)
-            value = value + self.config.value_gate_scale * gate.unsqueeze(-1) * value_embedding.view(heads_shape)
-
-        eps, scale = self.config.rms_norm_eps, self.config.query_key_scale
-        query = rms_norm(rotate(query, *position_embeddings), eps) * scale
-        key = rms_norm(rotate(key, *position_embeddings), eps) * scale
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, T, D)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
-
-
-class NanoChatGPTMLP(nn.Module):
-    """Up, squared ReLU, down."""
-
-    def __init__(self, config: NanoChatGPTConfig):
-        super().__init__()
-        self.up_proj = CastLinear(config.hidden_size, config.intermediate_size, "up")
-        self.down_proj = CastLinear(config.intermediate_size, config.hidden_size, "zero")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
-
-
-class NanoChatGPTDecoderLayer(GradientCheckpointingLayer):
-    """One block: the stream mixed with the first embedding, attention, MLP."""
-
-    def __init__(self, config: NanoChatGPTConfig, layer_idx: int):
-        super().__init__()
-        self.rms_norm_eps = config.rms_norm_eps
-        self.self_attn = NanoChatGPTAttention(config, layer_idx)
-        self.mlp = NanoChatGPTMLP(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        first_embedding: torch.Tensor,
-        residual_weights: tuple[torch.Tensor, torch.Tensor] | None,
-        value_embedding: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        if residual_weights is not None:
-            resid_lambda, x0_lambda = residual_weights
-            hidden_states = resid_lambda * hidden_states + x0_lambda * first_embedding
-        attention_output, _ = self.self_attn(
-            rms_norm(hidden_states, self.rms_norm_eps),
-            position_embeddings,
-            value_embedding=value_embedding,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(rms_norm(hidden_states, self.rms_norm_eps))
-
-
 class NanoChatGPTPreTrainedModel(PreTrainedModel):
     """Flags that tell Transformers what these networks can do, and how fresh weights are drawn."""
 
@@ -225,6 +76,12 @@ class NanoChatGPTPreTrainedModel(PreTrainedModel):
         "hidden_states": NanoChatGPTDecoderLayer,
         "attentions": NanoChatGPTAttention,
     }
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """Without a request: blocks of queries on a machine without CUDA, SDPA (the parent's choice) with it."""
+        if attn_implementation is None and not torch.cuda.is_available():
+            attn_implementation = BLOCK_ATTENTION
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -332,19 +189,25 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
         masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+        else:
+            kwargs["position_ids"] = position_ids  # flash kernels read packed sequences from them
         hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         if self.config.smear_channels:
             hidden_states = self._smear(hidden_states, position_ids, past_key_values)
-        hidden_states = self._run_layers(hidden_states, input_ids, position_ids, masks, past_key_values, **kwargs)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self._run_layers(
+            hidden_states, input_ids, position_embeddings, masks, past_key_values, **kwargs
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=rms_norm(hidden_states, self.config.rms_norm_eps), past_key_values=past_key_values
         )
 
-    def _run_layers(self, hidden_states, input_ids, position_ids, masks, past_key_values, **kwargs) -> torch.Tensor:
+    def _run_layers(
+        self, hidden_states, input_ids, position_embeddings, masks, past_key_values, **kwargs
+    ) -> torch.Tensor:
         """The blocks, from the embedding to the stream before the last norm. (B, T, C) -> (B, T, C)"""
         config = self.config
         first_embedding = hidden_states
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         residual_weights = [None] * config.num_hidden_layers
         if config.use_residual_scalars:
             scalars = self.residual_scalars
@@ -428,6 +291,25 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
     def set_activation_dtype(self, dtype: torch.dtype | None) -> None:
         """Runs the network in `dtype` on top of weights of another one; None follows the weights. Is not saved."""
         self.model.activation_dtype = dtype
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """The entry to `generate_batch` and its server; paged attention runs on SDPA or a flash kernel.
+
+        Raises:
+            ValueError: for a network with smear, whose last embedding the paged cache has no place for.
+        """
+        if self.config.smear_channels:
+            raise ValueError(
+                f"smear_channels is {self.config.smear_channels}, expected 0 for continuous batching: the paged cache "
+                "keeps no embedding beside keys and values; use generate() with a left-padded batch"
+            )
+        before = self.config._attn_implementation
+        if before == BLOCK_ATTENTION:
+            self.set_attn_implementation("sdpa")
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if before == BLOCK_ATTENTION:
+            manager._original_attn_impl = before  # what the manager restores when it stops
+        return manager
 
     @can_return_tuple
     def forward(
