@@ -1,0 +1,101 @@
+"""Sampling from a chat model for evaluation: many prompts, several samples each, with the calculator at hand.
+
+This is Transformers' own `generate`, on batches of prompts of similar length padded on the left. It works for any
+causal model whose tokenizer has the nine special tokens. The price of plainness: a batch takes as long as its longest
+completion.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.tool_use import CalculatorLogitsProcessor
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+    batch_rows: int = 64,
+) -> list[list[list[int]]]:
+    """Completions of every prompt, in the order of the prompts.
+
+    Args:
+        model: a causal language model; it stays in the mode it is in, the caller's random state is kept.
+        tokenizer: a fast tokenizer with the nine special tokens.
+        prompts: token ids, each ending with `<|assistant_start|>`.
+        max_new_tokens: completions are cut off there, the calculator's tokens included.
+        temperature: 0 takes the likeliest token; then all samples of a prompt are equal, so only one is allowed.
+        top_k: sample among so many tokens only; None for all.
+        num_samples: completions of each prompt.
+        seed: of the sampling; the same for the same prompts and batch_rows.
+        batch_rows: rows sampled at once.
+
+    Returns:
+        For each prompt `num_samples` lists of token ids, without the token that ended them.
+
+    Raises:
+        ValueError: several samples at temperature 0, or an empty prompt.
+    """
+    if temperature == 0 and num_samples > 1:
+        raise ValueError(f"num_samples is {num_samples} at temperature 0, where all samples are equal; expected 1")
+    if not all(prompts):
+        raise ValueError("a prompt is empty; expected at least one token")
+    config = generation_config(
+        tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, num_return_sequences=num_samples
+    )
+    processors = LogitsProcessorList([CalculatorLogitsProcessor(tokenizer)])
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    prompts_at_once = max(1, batch_rows // num_samples)
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), prompts_at_once):
+            chosen = order[start : start + prompts_at_once]
+            input_ids, attention_mask = pad_left([prompts[index] for index in chosen], config.pad_token_id)
+            output = model.generate(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=config,
+                logits_processor=processors,
+            )  # (prompts * num_samples, T)
+            for row, ids in enumerate(output[:, input_ids.shape[1] :].tolist()):
+                completions[chosen[row // num_samples]].append(until_stop(ids, config.eos_token_id))
+    return completions
+
+
+def generation_config(
+    tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_k: int | None, **options: int
+) -> GenerationConfig:
+    """Plain sampling that ends with the assistant's turn: nothing a checkpoint's own settings say gets in."""
+    special = special_token_ids(tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
+    return GenerationConfig(
+        bos_token_id=special[BOS],
+        pad_token_id=special[BOS],
+        eos_token_id=[special[ASSISTANT_END], special[BOS]],
+        **(sampling if temperature > 0 else {"do_sample": False}),
+        **options,
+    )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (B, longest row) int64."""
+    longest = max(map(len, rows))
+    ids = [[pad_token_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    """The ids before the first stop token."""
+    return next((ids[:position] for position, token in enumerate(ids) if token in stop_token_ids), ids)
