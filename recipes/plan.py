@@ -1,13 +1,14 @@
 """What a pretraining run of some depth will be: parameters, tokens, FLOPs, memory, time and cost, before paying for it.
 
     python -m recipes.plan --depth 20 --gpus 8 --device H100
+    python -m recipes.plan --table 4 8 12 16 20 24 26 32
 
 Nothing is built and no device is needed: everything follows by formula from the depth (`training/scaling.py`). Time and
 cost rest on an assumed utilisation, memory on counts of what a compiled step keeps: good to about a quarter, enough to
 choose a depth, a device and a batch.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from trl import TrlParser
@@ -37,6 +38,10 @@ class PlanArguments:
     )
     target_flops: float | None = field(default=None, metadata={"help": "Horizon: a budget of FLOPs."})
     max_steps: int | None = field(default=None, metadata={"help": "Horizon: a number of optimizer steps."})
+    table: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Depths to compare in a Markdown table of parameters and FLOPs, instead of planning a run."},
+    )
     utilisation: float = field(
         default=scaling.EXPECTED_UTILISATION["cuda"],
         metadata={"help": "Share of a device's data sheet that training is expected to reach."},
@@ -111,8 +116,29 @@ def describe_device(
     )
 
 
+def table_of_depths(arguments: PlanArguments) -> str:
+    """Parameters and FLOPs of every depth in `arguments.table`, as Markdown; in millions, and GFLOP for one token."""
+    columns = ("depth", "hidden", "heads", "token embedding", "value embeddings", "blocks", "head", "total",
+               "training GFLOP a token", "of it attention", "tokens", "training FLOP")  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|" + " ---: |" * len(columns)]
+    for depth in arguments.table:
+        config, plan = plan_of(replace(arguments, depth=depth))
+        counts = plan.parameters
+        parts = (counts.token_embedding, counts.value_embeddings, counts.matrices, counts.head, counts.total)
+        attention = 1 - 6 * counts.scaling / plan.flops_per_token
+        cells = [str(depth), str(config.hidden_size), str(config.num_attention_heads)]
+        cells += [f"{part / 1e6:,.1f} M" for part in parts]
+        cells += [f"{plan.flops_per_token / 1e9:.2f}", f"{attention:.0%}"]
+        cells += [f"{plan.tokens / 1e9:.2f} G", f"{plan.flops:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     (arguments,) = TrlParser((PlanArguments,)).parse_args_and_config()
+    if arguments.table:
+        print(table_of_depths(arguments))
+        return
     if arguments.device is not None and arguments.device not in scaling.DEVICES:
         raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(scaling.DEVICES)}")
     config, plan = plan_of(arguments)
