@@ -133,11 +133,12 @@ def changed_fields(arguments: Any) -> dict[str, Any]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """What identifies the state of an input: its stage record, else size and time of a file, else the name itself."""
+    """What identifies the state of an input: the record of the stage that made it (a folder's own or its parent's),
+    else size and time of a file, else the name itself."""
     path = Path(path)
-    record = path / FILE_NAME
-    if record.exists():
-        return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+    for record in (path / FILE_NAME, path.parent / FILE_NAME):
+        if path.is_dir() and record.exists():
+            return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
     if path.is_file():
         status = path.stat()
         return f"{status.st_size} bytes, {status.st_mtime_ns}"
