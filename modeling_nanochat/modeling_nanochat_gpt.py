@@ -121,6 +121,24 @@ class NanoChatGPTPreTrainedModel(PreTrainedModel):
         if self.config.use_backout:
             init.constant_(scalars.backout_lambda, 0.2)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resizes the token embedding, the head, and the value embeddings, which are looked up by the same ids."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table in self.base_model.value_embeddings.values():
+            self._get_resized_embeddings(table, embeddings.num_embeddings, mean_resizing=mean_resizing)
+        return embeddings
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
+        """The parent builds a plain Linear, whose weight would not follow the dtype of the activations."""
+        resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        old_lm_head.weight, old_lm_head.out_features = resized.weight, resized.out_features
+        return old_lm_head
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration and code: `trust_remote_code=True` then loads the folder without this package.
 
