@@ -83,27 +83,26 @@ def summarize_passes(num_correct: Sequence[int], num_samples: int, ks: Sequence[
     return figures
 
 
-def evaluate_pass_at_k(
+def sample_and_judge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     is_correct: Callable[[str, dict[str, Any]], bool],
     *,
     num_samples: int = 8,
-    ks: Sequence[int] = (1, 8),
     **sampling: Any,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Sample answers to every row's question and count the right ones.
+) -> list[dict[str, Any]]:
+    """Sample answers to every row's question and judge them.
 
     Args:
         rows: `{"messages", ...}`; what is asked is everything before the last assistant message.
         is_correct: called with (text of a completion, its row).
         num_samples: completions of each question.
-        ks: the k's wanted.
         sampling: for `generate_batch`: max_new_tokens, temperature, top_k, seed, batch_rows.
 
     Returns:
-        The figures of `summarize_passes`, and for each row `{"question", "completions", "correct"}`.
+        For each row `{"question": str, "completions": list of str, "correct": list of bool}`; the texts show the
+        calculator's marks.
     """
     questions = [question_of(row["messages"]) for row in rows]
     prompts = [render_prompt(tokenizer, question) for question in questions]
@@ -111,14 +110,9 @@ def evaluate_pass_at_k(
     records = []
     for question, row, completions in zip(questions, rows, samples):
         texts = [tokenizer.decode(ids) for ids in completions]
-        records.append(
-            {
-                "question": question[-1]["content"],
-                "completions": texts,
-                "correct": [bool(is_correct(text, row)) for text in texts],
-            }
-        )
-    return summarize_passes([sum(record["correct"]) for record in records], num_samples, ks), records
+        correct = [bool(is_correct(text, row)) for text in texts]
+        records.append({"question": question[-1]["content"], "completions": texts, "correct": correct})
+    return records
 
 
 def question_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
