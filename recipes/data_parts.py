@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.tasks import arithmetic, gsm8k, multiple_choice, spelling
-from modeling_nanochat.tokenization_nanochat_gpt import message_text
+from modeling_nanochat.tokenization_nanochat_gpt import merge_system_message, message_text
 from recipes import embedded_data
 from training.documents import find_files, load_streaming
 
@@ -117,8 +117,9 @@ def open_data_set(part: Part) -> Iterator[dict[str, Any]]:
 def read_row(row: dict[str, Any], kind: str) -> dict[str, Any]:
     """A row of a data set as a conversation, problem or question."""
     if kind == "messages":
-        answer = {"answer": str(row["answer"])} if row.get("answer") is not None else {}
-        return {"messages": [clean_message(message) for message in row["messages"]], **answer}
+        messages = [clean_message(message) for message in row["messages"]]
+        merge_system_message(messages)  # raises now, not in the middle of training, if the roles are out of order
+        return {"messages": messages, **({"answer": str(row["answer"])} if row.get("answer") is not None else {})}
     if kind == "gsm8k":
         return {"messages": gsm8k.to_messages(row), "answer": gsm8k.extract_answer(row["answer"])}
     row = row["train"] if isinstance(row.get("train"), dict) else row  # MMLU's auxiliary rows have an extra level

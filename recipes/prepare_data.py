@@ -12,6 +12,7 @@ training split, by the wording of the first question.
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -160,7 +161,14 @@ def download_shards(name: str, shards: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [*files[: min(shards, len(files) - 1)], files[-1]]
     for number, file in enumerate(tqdm(chosen, desc="shards", unit="shard")):
-        shutil.copyfile(from_hub(hf_hub_download, name, file), folder / f"shard_{number:05d}.parquet")
+        downloaded, place = (
+            os.path.realpath(from_hub(hf_hub_download, name, file)),
+            folder / f"shard_{number:05d}.parquet",
+        )
+        try:
+            os.link(downloaded, place)  # the same bytes on disk as in the Hub's cache
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(downloaded, place)
 
 
 def from_hub(call: Callable[..., Any], name: str, *details: str) -> Any:

@@ -6,12 +6,14 @@ The stage also reports how many bytes one token covers on text it was not traine
 but its embedding and head cost parameters: 32768 suits models from depth 12 on, a few thousand the toys below.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
 from recipes.stage import Stage
 from training.documents import open_documents, stream_documents
 from training.tokenizer_training import MAX_CHARACTERS, MAX_DOCUMENT_CHARACTERS, BulkEncoder, train_tokenizer
@@ -39,6 +41,11 @@ class TokenizerArguments:
 
 def main() -> None:
     (arguments,) = TrlParser(TokenizerArguments).parse_args_and_config()
+    train(arguments)
+
+
+def train(arguments: TokenizerArguments) -> None:
+    """Learn and save the tokenizer, unless that is done."""
     stage = Stage("tokenizer", arguments.output_dir, [arguments], [arguments.data], arguments.rerun)
     if stage.is_done():
         return
@@ -46,20 +53,22 @@ def main() -> None:
     stage.announce(vocabulary=arguments.vocab_size, max_characters=arguments.max_characters)
     one_epoch = takewhile(lambda item: item[1].epoch == 0, stream_documents(source, "train"))
     tokenizer = train_tokenizer(
-        (text for text, _ in one_epoch),
+        tqdm((text for text, _ in one_epoch), desc="tokenizer", unit="document"),
         arguments.vocab_size,
         max_characters=arguments.max_characters,
         max_document_characters=arguments.max_document_characters,
         model_max_length=arguments.model_max_length,
     )
     tokenizer.save_pretrained(arguments.output_dir)
-    encode, lengths = BulkEncoder(tokenizer), token_bytes(tokenizer)
-    counts = [
-        (len(ids) - 1, sum(lengths[index] for index in ids.tolist()))
-        for ids in (encode(text) for text, _ in islice(stream_documents(source, "validation"), VALIDATION_DOCUMENTS))
-    ]
-    tokens, size = map(sum, zip(*counts))
-    stage.finish({"vocabulary": len(tokenizer), "bytes_per_token": size / tokens, "documents_measured": len(counts)})
+    validation = [text for text, _ in islice(stream_documents(source, "validation"), VALIDATION_DOCUMENTS)]
+    stage.finish({"vocabulary": len(tokenizer), "bytes_per_token": bytes_per_token(tokenizer, validation)})
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """How much text a token covers on average."""
+    encode = BulkEncoder(tokenizer)
+    tokens = sum(len(encode(text)) - 1 for text in texts)  # BOS covers nothing
+    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from trl import TrlParser
 
 from recipes import prepare_data
 from recipes.data_parts import Part, read_parts
@@ -251,6 +252,8 @@ def test_own_files_in_every_format(arguments, tmp_path):
     choices = sorted((row["choices"], row["answer"]) for row in read(own, "eval/multiple_choice.jsonl"))
     assert choices == [(["p", "q"], 1), (["x", "y"], 1)]
     assert not (Path(own.output_dir) / "pretrain").exists()
+    Path(names["chat"]).write_text(lines([{"messages": chat["messages"][1:]}]))
+    failing(own, "chat.jsonl has a row that is not of format 'messages'(?s:.*)roles must go")
     failing(dataclasses.replace(own, sft=[{"name": names["arc"]}]), "arc.jsonl has a row that is not of format")
 
 
@@ -270,6 +273,16 @@ def test_shards_of_a_hub_data_set(arguments, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="could not get the data set owner/name from the Hub"):
         prepare_data.download_shards("owner/name", 2, folder)
+
+
+def test_the_command_line_overrides_the_demo_configuration():
+    config = Path(__file__).parent.parent / "recipes" / "configs" / "demo" / "data.yaml"
+    (demo,) = TrlParser(DataArguments).parse_args_and_config(["--config", str(config)])
+    assert read_parts(demo.sft)[0].name == "arithmetic" and read_parts(demo.rl_validation)
+    override = ["--config", str(config), "--sft", "dialogues", '{"name": "arithmetic", "rows": 7}']
+    (changed,) = TrlParser(DataArguments).parse_args_and_config(override)
+    assert read_parts(changed.sft) == [Part("dialogues"), Part("arithmetic", rows=7)]
+    assert changed.rl == demo.rl
 
 
 def test_parts_are_checked():

@@ -1,7 +1,10 @@
 """The tokenizer: exact round trips, ids equal to tiktoken's, unforgeable special tokens, the conversation mask."""
 
+import json
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -13,6 +16,7 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     render_prompt,
     token_bytes,
 )
+from recipes.train_tokenizer import TokenizerArguments, train
 from training.tokenizer_training import (
     BulkEncoder,
     limit_characters,
@@ -52,7 +56,7 @@ def tokenizer():
 
 
 def test_special_tokens_come_last_and_have_their_roles(tokenizer, tmp_path):
-    assert len(tokenizer) == 512
+    assert len(tokenizer) == tokenizer.vocab_size == 512
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(503, 512))
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -114,6 +118,23 @@ def test_training_refuses_what_it_cannot_do():
 
 def test_documents_are_limited_one_by_one_and_in_total():
     assert list(limit_characters(["a" * 20, "b", "c" * 20, "d"], 18, 10)) == ["a" * 10, "b", "c" * 7]
+
+
+def test_training_is_a_function_of_the_text_and_the_recipe_saves_it(tokenizer, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, texts in enumerate((sample_text(60_000), sample_text(2000))):  # the second shard is validation
+        pq.write_table(pa.table({"content": texts}), data / f"{number}.parquet")
+    arguments = TokenizerArguments(
+        data=str(data), text_column="content", output_dir=str(tmp_path / "tokenizer"), vocab_size=512
+    )
+    train(arguments)
+    saved = AutoTokenizer.from_pretrained(arguments.output_dir)
+    assert saved.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    results = json.loads((tmp_path / "tokenizer" / "stage.json").read_text())["results"]
+    assert results["vocabulary"] == 512 and 1.5 < results["bytes_per_token"] < 5
+    train(arguments)
+    assert "already done" in capsys.readouterr().out
 
 
 CONVERSATION = [

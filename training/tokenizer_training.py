@@ -81,7 +81,10 @@ def tokenizer_from_ranks(
         if len(token) > 1:
             left, right = merge_of(token, rank, ranks)
             merges.append((spelled[left], spelled[right]))
-    backend = Tokenizer(models.BPE(vocab={spelled[token]: rank for token, rank in ranks.items()}, merges=merges))
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    # Listed here too, so that `vocab_size` counts them; no merge leads to them, so no text becomes one.
+    vocabulary |= {token: len(ranks) + position for position, token in enumerate(SPECIAL_TOKENS)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
