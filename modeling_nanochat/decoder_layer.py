@@ -18,12 +18,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager
 from .configuration_nanochat_gpt import NanoChatGPTConfig
 
 
-class CastLinear(nn.Linear):
-    """A Linear without bias whose weight follows the dtype of its input. `init_rule` says how it is drawn."""
+def marked_linear(in_features: int, out_features: int, init_rule: str) -> nn.Linear:
+    """A Linear without bias that knows how it is drawn; no subclass, as bitsandbytes replaces nn.Linear itself only."""
+    linear = nn.Linear(in_features, out_features, bias=False)
+    linear.init_rule = init_rule
+    return linear
 
-    def __init__(self, in_features: int, out_features: int, init_rule: str):
-        super().__init__(in_features, out_features, bias=False)
-        self.init_rule = init_rule
+
+class CastLinear(nn.Linear):
+    """What `set_activation_dtype` turns every Linear into: its weight follows the dtype of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -75,12 +78,12 @@ class NanoChatGPTAttention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if "sliding" in config.layer_types[layer_idx] else None
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = CastLinear(config.hidden_size, config.num_attention_heads * config.head_dim, "input")
-        self.k_proj = CastLinear(config.hidden_size, key_value_size, "input")
-        self.v_proj = CastLinear(config.hidden_size, key_value_size, "input")
-        self.o_proj = CastLinear(config.num_attention_heads * config.head_dim, config.hidden_size, "zero")
+        self.q_proj = marked_linear(config.hidden_size, config.num_attention_heads * config.head_dim, "input")
+        self.k_proj = marked_linear(config.hidden_size, key_value_size, "input")
+        self.v_proj = marked_linear(config.hidden_size, key_value_size, "input")
+        self.o_proj = marked_linear(config.num_attention_heads * config.head_dim, config.hidden_size, "zero")
         if config.has_value_embedding(layer_idx):
-            self.value_gate = CastLinear(config.value_gate_channels, config.num_key_value_heads, "gate")
+            self.value_gate = marked_linear(config.value_gate_channels, config.num_key_value_heads, "gate")
 
     def forward(
         self,
@@ -129,8 +132,8 @@ class NanoChatGPTMLP(nn.Module):
 
     def __init__(self, config: NanoChatGPTConfig):
         super().__init__()
-        self.up_proj = CastLinear(config.hidden_size, config.intermediate_size, "up")
-        self.down_proj = CastLinear(config.intermediate_size, config.hidden_size, "zero")
+        self.up_proj = marked_linear(config.hidden_size, config.intermediate_size, "up")
+        self.down_proj = marked_linear(config.intermediate_size, config.hidden_size, "zero")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())

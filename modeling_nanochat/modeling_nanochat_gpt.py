@@ -31,6 +31,7 @@ from .decoder_layer import (
     NanoChatGPTAttention,
     NanoChatGPTDecoderLayer,
     NanoChatGPTRotaryEmbedding,
+    marked_linear,
     rms_norm,
 )
 
@@ -57,6 +58,10 @@ class ResidualScalars(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if config.use_backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
+
+    def forward(self, name: str) -> torch.Tensor:
+        """The vector of that name: by a call, not an attribute, as weights offloaded to disk only come for a call."""
+        return getattr(self, name)
 
 
 class NanoChatGPTPreTrainedModel(PreTrainedModel):
@@ -134,7 +139,7 @@ class NanoChatGPTPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
-        """The parent builds a plain Linear, whose weight would not follow the dtype of the activations."""
+        """The parent builds a new Linear, which would not know how it is drawn nor follow the activations' dtype."""
         resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
         old_lm_head.weight, old_lm_head.out_features = resized.weight, resized.out_features
         return old_lm_head
@@ -166,7 +171,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
         if config.use_residual_scalars:
             self.residual_scalars = ResidualScalars(config)
         if config.smear_channels:
-            self.smear_gate = CastLinear(config.smear_channels, 1, "gate")
+            self.smear_gate = marked_linear(config.smear_channels, 1, "gate")
         self.rotary_emb = NanoChatGPTRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -228,8 +233,8 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
         first_embedding = hidden_states
         residual_weights = [None] * config.num_hidden_layers
         if config.use_residual_scalars:
-            scalars = self.residual_scalars
-            residual_weights = list(zip(scalars.resid_lambdas.unbind(), scalars.x0_lambdas.unbind()))
+            vectors = self.residual_scalars("resid_lambdas"), self.residual_scalars("x0_lambdas")
+            residual_weights = list(zip(*(vector.unbind() for vector in vectors)))
         for i, layer in enumerate(self.layers):
             value_embedding = None
             if config.has_value_embedding(i):
@@ -247,7 +252,8 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             if config.use_backout and i == config.num_hidden_layers // 2:
                 middle = hidden_states
         if config.use_backout:
-            hidden_states = hidden_states - self.residual_scalars.backout_lambda.to(hidden_states.dtype) * middle
+            backout_lambda = self.residual_scalars("backout_lambda").to(hidden_states)
+            hidden_states = hidden_states - backout_lambda * middle.to(hidden_states.device)
         return hidden_states
 
     def _smear(
@@ -264,7 +270,8 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             before = F.pad(states.transpose(1, 2), (0, 0, 1, 0))
         before = before[:, -length - 1 : -1]  # (B, T, C)
         gate = torch.sigmoid(self.smear_gate(hidden_states[..., : self.config.smear_channels]))  # (B, T, 1)
-        gate = self.residual_scalars.smear_lambda.to(gate.dtype) * gate * (position_ids > 0).unsqueeze(-1)
+        gate = gate.to(hidden_states.device)  # a device_map may have put the gate elsewhere
+        gate = self.residual_scalars("smear_lambda").to(gate) * gate * (position_ids > 0).unsqueeze(-1)
         return hidden_states + gate * before
 
     def _positions(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
@@ -303,12 +310,16 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: NanoChatGPTConfig):
         super().__init__(config)
         self.model = NanoChatGPTModel(config)
-        self.lm_head = CastLinear(config.hidden_size, config.vocab_size, "head")
+        self.lm_head = marked_linear(config.hidden_size, config.vocab_size, "head")
         self.post_init()
 
     def set_activation_dtype(self, dtype: torch.dtype | None) -> None:
         """Runs the network in `dtype` on top of weights of another one; None follows the weights. Is not saved."""
         self.model.activation_dtype = dtype
+        old, new = (CastLinear, nn.Linear) if dtype is None else (nn.Linear, CastLinear)
+        for module in self.modules():
+            if type(module) is old:
+                module.__class__ = new
 
     def init_continuous_batching(self, *args, **kwargs):
         """The entry to `generate_batch` and its server; paged attention runs on SDPA or a flash kernel.
