@@ -42,6 +42,8 @@ class RowLoader:
         rank, ranks: this process and how many there are.
         streams: number of streams of the run; as many as ranks if None. A loaded position brings its own number.
         device: where the batches go.
+
+    `open_streams` are the streams this rank is reading, by number: for their statistics.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RowLoader:
         self.rank, self.ranks = rank, ranks
         self.device = torch.device(device)
         self.streams = streams or ranks
+        self.open_streams: dict[int, RowStream] = {}
         # Of the last batch that was handed out: rows of the whole run, and each stream's state at an earlier row.
         self.position = {"states": {}, "copied_at": 0, "row": 0}
 
@@ -100,7 +103,7 @@ class RowLoader:
     def _batches(self) -> Iterator[tuple[torch.Tensor, dict]]:
         """Batches with the position after each. Every stream advances past the rows of all ranks."""
         position = self.position
-        streams = {stream: self.open_stream(stream, self.streams) for stream in self.own_streams}
+        self.open_streams = streams = {stream: self.open_stream(stream, self.streams) for stream in self.own_streams}
         for stream, state in position["states"].items():
             streams[stream].load_state_dict(state)
         self._rows(streams, position["copied_at"], position["row"])  # replayed, thrown away

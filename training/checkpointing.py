@@ -1,0 +1,148 @@
+"""Checkpoints that appear whole or not at all, with every rank's share of the optimizer's state.
+
+Everything is written into a folder that no reader looks at, flushed to disk, and renamed when all ranks are done; a
+checkpoint on its way out is renamed before it is deleted. So a process may be killed at any moment, also in the middle
+of saving, and every folder named `checkpoint-N` is complete. The price is one pass of flushing for each checkpoint.
+All ranks must see the same file system.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+STAGING = ".incomplete"
+OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
+
+
+class WholeCheckpointsMixin:
+    """Goes before a Trainer class, whose way of saving it replaces: the Trainer's writes in place, and rank 0's share
+    of a sharded optimizer only. FSDP keeps its own files for the optimizer."""
+
+    def save_position(self, folder: Path) -> None:
+        """For trainers whose data knows its position: called on every rank with the folder of a checkpoint."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        self.store_flos()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
+        with staged_folder(target, is_main_process=is_main, barrier=barrier) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.save_position(folder)
+            if is_main:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if is_main:
+            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        rank, ranks = self.args.process_index, self.args.world_size
+        torch.save(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_SHARD.format(rank, ranks))
+        if self.is_world_process_zero():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        rank, ranks = self.args.process_index, self.args.world_size
+        optimizer = self.optimizer.optimizer  # without accelerate's wrapper
+        optimizer.load_state_dict(load_optimizer_state(Path(checkpoint), rank, ranks, optimizer.merge_state_dicts))
+        scheduler_state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler_state)
+
+
+def load_optimizer_state(
+    checkpoint: Path, rank: int, ranks: int, merge: Callable[[list[dict[str, Any]]], dict[str, Any]]
+) -> dict[str, Any]:
+    """This rank's share of the state; or the whole, merged of all shares, if another number of ranks wrote it.
+
+    Raises:
+        ValueError: the checkpoint holds no shards, or not all of them.
+    """
+    shards = sorted(checkpoint.glob("optimizer_*_of_*.pt"))
+    written_by = int(shards[0].stem.rsplit("_", 1)[1]) if shards else 0
+    if not shards or len(shards) != written_by:
+        raise ValueError(
+            f"{checkpoint} holds {len(shards)} shards of the optimizer, expected {written_by or 'at least one'}"
+        )
+    if written_by == ranks:
+        return torch.load(shards[rank], map_location="cpu", weights_only=True)
+    return merge([torch.load(shard, map_location="cpu", weights_only=True) for shard in shards])
+
+
+def latest_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete checkpoint of the highest step in `output_dir`, or None."""
+    return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
+
+
+@contextmanager
+def staged_folder(target: str | Path, *, is_main_process: bool, barrier: Callable[[], None]) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when the block ends on all ranks.
+
+    Args:
+        target: where the folder is to appear; what is there already is replaced.
+        is_main_process: whether this process does the renaming; exactly one does.
+        barrier: waits for all ranks.
+    """
+    target = Path(target)
+    staging = target.parent / STAGING
+    if is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left behind
+        (staging / target.name).mkdir(parents=True)
+    barrier()
+    yield staging / target.name
+    barrier()
+    if is_main_process:
+        flush(staging / target.name)
+        if target.exists():
+            os.rename(target, staging / "replaced")
+        os.rename(staging / target.name, target)
+        flush(target.parent, recursive=False)
+        shutil.rmtree(staging)
+    barrier()
+
+
+def publish_files(folder: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty folder, then move its files one by one over those of `folder`, each of them whole."""
+    folder = Path(folder)
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write(staging)
+    flush(staging)
+    for file in sorted(staging.rglob("*")):
+        if file.is_file():
+            destination = folder / file.relative_to(staging)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)
+    shutil.rmtree(staging)
+
+
+def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
+    """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all."""
+    for old in sort_checkpoints(str(output_dir))[: -keep if keep else 0]:
+        doomed = Path(output_dir) / STAGING / Path(old).name
+        doomed.parent.mkdir(exist_ok=True)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed.parent)
+
+
+def flush(folder: Path, recursive: bool = True) -> None:
+    """Make sure that the names in `folder`, and with `recursive` all that is below, have reached the disk."""
+    for path in [folder, *(folder.rglob("*") if recursive else ())]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
