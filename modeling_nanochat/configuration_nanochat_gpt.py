@@ -5,8 +5,8 @@ so a saved `config.json` describes its network without a version number; `from_d
 The price is that a few fields only make sense together: `validate_architecture` says so before any weight exists.
 """
 
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -130,7 +130,7 @@ class NanoChatGPTConfig(PreTrainedConfig):
     value_gate_scale: float = 2.0
     smear_channels: int = 0
     use_backout: bool = False
-    init_scheme: Literal["seed", "head"] = "seed"
+    init_scheme: str = "seed"
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -155,12 +155,15 @@ class NanoChatGPTConfig(PreTrainedConfig):
         if self.sliding_window is None and any("sliding" in kind for kind in self.layer_types):
             self.sliding_window = self.max_position_embeddings // 2 + 1
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # the strict dataclass calls it too, but wraps what it raises
 
     def _refuse_misspelt_fields(self, kwargs: dict) -> None:
         """The parent keeps any keyword as an attribute: a misspelt field would be ignored without a word."""
-        fields = [name for name in type(self).default_config_fields() if not name.startswith("_")]
+        known = [field.name for field in fields(self)]
         for name in kwargs:
-            if close := get_close_matches(name, fields, n=1, cutoff=0.85):
+            if name in ("era", "window_pattern"):
+                raise ValueError(f"{name}={kwargs[name]!r} is not a field of the configuration, expected from_depth")
+            if close := get_close_matches(name, known, n=1, cutoff=0.85):
                 raise ValueError(f"{name}={kwargs[name]!r} is not a field of the configuration, expected {close[0]}")
 
     @classmethod
@@ -215,7 +218,7 @@ class NanoChatGPTConfig(PreTrainedConfig):
         return self.use_value_embeddings and layer_idx % 2 == (self.num_hidden_layers - 1) % 2
 
     def validate_architecture(self):
-        """Called by the strict dataclass after construction. Raises ValueError with the value and the choice."""
+        """Fields that contradict each other or the network: ValueError with the value and the choice."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -235,6 +238,8 @@ class NanoChatGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {channels}, expected 1 to hidden_size ({self.hidden_size})")
         if not self.final_logit_softcapping > 0:
             raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping}, expected a positive number")
+        if self.init_scheme not in ("seed", "head"):
+            raise ValueError(f"init_scheme is {self.init_scheme!r}, expected 'seed' or 'head'")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is True, expected False: embedding and head have their own weights")
         if self.smear_channels and not self.use_residual_scalars:
@@ -244,6 +249,8 @@ class NanoChatGPTConfig(PreTrainedConfig):
         self._validate_windows()
 
     def _validate_windows(self):
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, expected {self.num_hidden_layers}")
         hybrid = ("hybrid", "hybrid_sliding")
         for i, kind in enumerate(self.layer_types):
             allowed = hybrid if i == 0 and self.smear_channels else ("full_attention", "sliding_attention")
