@@ -1,7 +1,8 @@
 """nanochat for Transformers: the network and its conversation format. Importing the package registers the network
 with the Auto classes, so that a saved folder loads without `trust_remote_code` where the package is installed."""
 
-import transformers
+import sys
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .attention_choice import choose_attention
@@ -24,8 +25,9 @@ AutoModelForCausalLM.register(NanoChatGPTConfig, NanoChatGPTForCausalLM)
 NanoChatGPTConfig.register_for_auto_class("AutoConfig")
 NanoChatGPTModel.register_for_auto_class("AutoModel")
 NanoChatGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# `transformers serve` looks a checkpoint's class up by its name in the library.
-transformers.NanoChatGPTForCausalLM = NanoChatGPTForCausalLM
+# `transformers serve` looks a checkpoint's class up by its name in the library. Not by `import transformers`: while
+# loading, the library replaces its own module object.
+sys.modules["transformers"].NanoChatGPTForCausalLM = NanoChatGPTForCausalLM
 
 __all__ = [
     "SPECIAL_TOKENS",

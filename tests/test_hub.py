@@ -104,7 +104,7 @@ def test_a_folder_holds_all_that_loading_takes(checkpoint):
 def test_it_loads_without_trust_where_the_package_is(checkpoint):
     folder, model = checkpoint
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(loaded) is NanoChatGPTForCausalLM is transformers.NanoChatGPTForCausalLM
+    assert type(loaded) is NanoChatGPTForCausalLM is sys.modules["transformers"].NanoChatGPTForCausalLM
     assert type(AutoModel.from_pretrained(folder)) is NanoChatGPTModel
     assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)) is NanoChatGPTForCausalLM
     for name, parameter in loaded.state_dict().items():
