@@ -82,7 +82,6 @@ class PretrainConfig(TrainingArguments):
     average_tokens_across_devices: bool = field(
         default=False, metadata={"help": "Count targets over all devices; needless here, as all rows are full."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers: 'trackio', 'wandb', ..."})
 
     def __post_init__(self):
         super().__post_init__()
