@@ -103,29 +103,27 @@ class MuonAdamW(torch.optim.Optimizer):
         So a run may go on with another number of ranks. Raises ValueError if the parts do not make a whole.
         """
         state = {}
-        for index, parameter in enumerate(self._parameters()):
-            entries = [part["state"][index] for part in parts if index in part["state"]]
+        for key, parameter in zip(parameters_of(parts[0]["param_groups"]), parameters_of(self.param_groups)):
+            entries = [part["state"][key] for part in parts if key in part["state"]]
             if entries:
-                state[index] = merge_entries(entries, parameter)
+                state[key] = merge_entries(entries, parameter)
         return {"state": state, "param_groups": parts[0]["param_groups"]}
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
     def _own_part(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if not state_dict["state"]:
-            return state_dict
-        index_of = {parameter: index for index, parameter in enumerate(self._parameters())}
+        keys, parameters = parameters_of(state_dict["param_groups"]), parameters_of(self.param_groups)
+        if not state_dict["state"] or len(keys) != len(parameters):
+            return state_dict  # nothing to cut, or something that the parent class refuses
+        key_of = dict(zip(parameters, keys))
         own = {}
         for part in self._build_layout():
             for parameter, rows in part.owned_rows():
-                index = index_of[parameter]
-                if index not in state_dict["state"]:
+                key = key_of[parameter]
+                if key not in state_dict["state"]:
                     raise ValueError(
-                        f"the optimizer state has nothing for parameter {index} of shape {tuple(parameter.shape)}, "
-                        "which this rank owns; was it saved by another number of ranks? Merge all parts first"
+                        f"the optimizer state has nothing for parameter {key} of shape {tuple(parameter.shape)}, which "
+                        "this rank owns; was it saved by another number of ranks? Merge all parts first"
                     )
-                own[index] = cut_entry(state_dict["state"][index], parameter, rows)
+                own[key] = cut_entry(state_dict["state"][key], parameter, rows)
         return state_dict | {"state": own}
 
     def _build_layout(self) -> "list[MuonStack | AdamWTensors]":
@@ -170,6 +168,11 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"ns_steps is {settings['ns_steps']}, expected 1 to {most}, the coefficients there are")
     if settings["polar_dtype"] not in ("auto", *POLAR_DTYPES):
         raise ValueError(f"polar_dtype is {settings['polar_dtype']!r}, expected 'auto', 'bfloat16' or 'float32'")
+
+
+def parameters_of(groups: list[dict[str, Any]]) -> list[Any]:
+    """All parameters of an optimizer's groups, or what stands for them in those of a state dict."""
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def merge_entries(entries: list[dict[str, Tensor]], parameter: Tensor) -> dict[str, Tensor]:
