@@ -1,0 +1,117 @@
+"""Fine-tunes a pretrained network on conversations.
+
+    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m recipes.sft \\
+        --config recipes/configs/demo/sft.yaml
+
+The mixture is one JSON lines file, shuffled once with a fixed seed; what it consists of is decided where it is written
+(`recipes.prepare_data`). It says what became of the conversations: tokens trained on, rows filled, rows left out,
+conversations cut. The output folder holds the model with its code, and the tokenizer.
+"""
+
+import json
+import random
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from trl import TrlParser
+
+from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.stage import Stage
+from training import scaling
+from training.sft_trainer import NanoChatSFTConfig, NanoChatSFTTrainer
+
+
+@dataclass
+class SFTArguments:
+    """What to fine-tune, and on what."""
+
+    model: str = field(default="out/demo/base", metadata={"help": "Folder or Hub name of the pretrained model."})
+    data: str = field(
+        default="out/demo/data/sft", metadata={"help": "Folder with train.jsonl and validation.jsonl of conversations."}
+    )
+    rerun: bool = field(default=False, metadata={"help": "Train again even if it is already done."})
+    max_conversations: int | None = field(
+        default=None, metadata={"help": "Take so many of the shuffled training conversations; all by default."}
+    )
+    validation_conversations: int = field(
+        default=1000, metadata={"help": "Conversations that the validation loss is measured on, at most."}
+    )
+
+
+def main() -> None:
+    arguments, config = TrlParser((SFTArguments, NanoChatSFTConfig)).parse_args_and_config()
+    files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
+    stage = Stage("sft", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
+    if stage.is_done():
+        return
+    model, tokenizer = load_checkpoint(arguments.model)
+    train, validation = (read_conversations(file, config.seed) for file in files)
+    trainer = NanoChatSFTTrainer(
+        model,
+        config,
+        Dataset.from_dict({"messages": train[: arguments.max_conversations]}),
+        Dataset.from_dict({"messages": validation[: arguments.validation_conversations]}),
+        processing_class=tokenizer,
+    )
+    announce(stage, trainer)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    after = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        save_checkpoint(trainer.model, tokenizer, config.output_dir)
+    figures = trainer.packed["train"].figures()
+    results = {
+        "validation_loss": after,
+        "validation_loss_before": before,
+        "steps": trainer.state.global_step,
+        "rows_left_out": trainer.rows_left_out,
+        **figures,
+    }
+    stage.finish(results, trainer.state.log_history)
+
+
+def read_conversations(file: str, seed: int) -> list[str]:
+    """The messages of every line of a JSON lines file, as JSON, shuffled.
+
+    Raises:
+        ValueError: a line that is no JSON object with `messages`; the message shows where.
+    """
+    conversations = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                conversations.append(json.dumps(json.loads(line)["messages"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{file}:{number}: expected {{"messages": [...]}} in one line, got {line[:80]!r}'
+                ) from error
+    random.Random(seed).shuffle(conversations)
+    return conversations
+
+
+def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
+    config, figures = trainer.args, trainer.packed["train"].figures()
+    steps = trainer.planned_steps
+    tokens = steps * trainer.batch_tokens
+    flops = tokens * trainer.flops_per_token
+    rate = scaling.peak_flops_per_second(config.device, trainer.activation_dtype) * config.world_size
+    stage.announce(
+        parameters=scaling.count_parameters(trainer.model.config).total,
+        conversations=figures["conversations"],
+        tokens=tokens,
+        steps=steps,
+        batch=f"{config.per_device_train_batch_size} x {config.max_length} tokens x "
+        f"{config.gradient_accumulation_steps} x {config.world_size} device(s)",
+        flops=flops,
+        activations=str(trainer.activation_dtype).removeprefix("torch."),
+        seconds=flops / (rate * scaling.EXPECTED_UTILISATION[config.device.type]),
+    )
+    stage.say(
+        f"{figures['trained_share']:.0%} of the tokens carry loss, rows are {figures['utilisation']:.1%} full, "
+        f"{figures['trimmed_conversations']} conversations are longer than a row and lose their end, "
+        f"{trainer.rows_left_out} of {figures['rows']} rows fill no batch and are left out"
+    )
+
+
+if __name__ == "__main__":
+    main()
