@@ -151,6 +151,6 @@ def fits(row: dict[str, Any], max_characters: int | None) -> bool:
 def first_question(row: dict[str, Any]) -> str:
     """What a row asks first, without regard to case and spacing: rows that ask the same never straddle two splits."""
     if "question" in row:
-        return " ".join(row["question"].lower().split())
+        return embedded_data.normalised(row["question"])
     first = next(message_text(message["content"]) for message in row["messages"] if message["role"] == "user")
-    return " ".join(first.lower().split())
+    return embedded_data.normalised(first)

