@@ -138,7 +138,8 @@ def checkpoint_to_resume(stage: Stage, config: PretrainConfig) -> str | None:
     """
     checkpoint = config.resume_from_checkpoint or latest_checkpoint(config.output_dir)
     if checkpoint and not config.resume_from_checkpoint and not stage.can_continue():
-        if not (stage.rerun or stage.file.exists()):
+        finished = stage.file.exists() and not stage.begun.exists()
+        if not (stage.rerun or finished):
             raise ValueError(
                 f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
                 f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "

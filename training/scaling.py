@@ -317,7 +317,7 @@ def native_bfloat16(device: torch.device | str) -> bool:
     return False
 
 
-def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> float:
+def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """The rate of a large square matrix product, the best of what fits into about `seconds`: a run's upper limit."""
     device = torch.device(device)
     size = 1024 if device.type == "cpu" else 8192
