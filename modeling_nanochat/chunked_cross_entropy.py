@@ -85,6 +85,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad * loss_grad, None, None, None
 
 
+def _drop_ignored(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out tokens without loss: fine-tuning has more of them than others, and the head is a third of the work of
+    a small network. Not on a GPU, where asking how many there are waits for it, nor compiled, where lengths are fixed.
+    """
+    counted = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    if 0 < len(counted) < len(targets):
+        return hidden[counted], targets[counted]
+    return hidden, targets
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -103,6 +113,8 @@ def chunked_cross_entropy(
     Returns:
         float32 scalar in nats; 0 if every target is ignored.
     """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        hidden, targets = _drop_ignored(hidden, targets)
     counted = targets != IGNORE_INDEX
     if num_items is None:
         num_items = counted.sum().clamp(min=1)
