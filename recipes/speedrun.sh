@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From nothing to a chatting model on eight H100: upstream's speedrun of 2026-02 (depth 24), about three hours of
+# pretraining and 75 $. Run it from the root of a clone; every stage is skipped if it is done and goes on if interrupted.
+#   NANOCHAT_OUT=/big/disk DEPTH=20 bash recipes/speedrun.sh
+set -euo pipefail
+OUT=${NANOCHAT_OUT:-out/speedrun}
+DEPTH=${DEPTH:-24}
+GPUS=$(nvidia-smi --list-gpus | wc -l)
+CONFIGS=recipes/configs/speedrun
+export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+run() {
+    .venv/bin/accelerate launch --config_file recipes/accelerate/eight_gpus.yaml --num_processes "$GPUS" -m "$@"
+}
+
+make install
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' ||
+    echo "no FlashAttention for this machine: attention falls back to what torch has" >&2
+.venv/bin/python -m recipes.plan --depth "$DEPTH" --gpus "$GPUS"
+.venv/bin/python -m recipes.prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
+.venv/bin/python -m recipes.train_tokenizer --config $CONFIGS/tokenizer.yaml --output_dir "$OUT/tokenizer"
+run recipes.pretrain --config $CONFIGS/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
+    --output_dir "$OUT/base"
+run recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" --data "$OUT/data/sft" --output_dir "$OUT/sft"
+run recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
+run recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
+    --models "$OUT/base" "$OUT/sft" "$OUT/rl"
+.venv/bin/python -m recipes.report --output_dir "$OUT"
