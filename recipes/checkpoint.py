@@ -1,14 +1,24 @@
-"""The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings."""
+"""The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings; and
+which of the checkpoints in it a run goes on from."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 import modeling_nanochat  # noqa: F401 (registers the network with the Auto classes)
 from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
-from training.checkpointing import publish_files
+from recipes.stage import Stage
+from training.checkpointing import latest_checkpoint, publish_files
 from training.scaling import native_bfloat16
 
 
@@ -46,3 +56,27 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         tokenizer.save_pretrained(folder)
 
     publish_files(output_dir, write)
+
+
+def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
+    """The checkpoint named in the arguments, else the latest of this run; those of a finished or unwanted run are
+    removed.
+
+    Raises:
+        ValueError: the folder holds checkpoints of another run that was not finished.
+    """
+    checkpoint = config.resume_from_checkpoint or latest_checkpoint(config.output_dir)
+    if checkpoint and not config.resume_from_checkpoint and not stage.can_continue():
+        finished = stage.file.exists() and not stage.begun.exists()
+        if not (stage.rerun or finished):
+            raise ValueError(
+                f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
+                f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "
+                f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
+            )
+        checkpoint = None
+    PartialState().wait_for_everyone()  # nobody reads the folder any more
+    if checkpoint is None and PartialState().is_main_process:
+        for old in Path(config.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(old)
+    return checkpoint

@@ -9,7 +9,6 @@ bits per byte and samples appear on the way. The output folder holds the model w
 """
 
 import dataclasses
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +37,9 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     special_token_ids,
     token_bytes,
 )
-from recipes.checkpoint import save_checkpoint
+from recipes.checkpoint import checkpoint_to_resume, save_checkpoint
 from recipes.stage import Stage
 from training import scaling
-from training.checkpointing import latest_checkpoint
 from training.documents import DocumentSource, open_documents
 from training.packed_rows import PackedRows
 from training.pretrain_trainer import Evaluation, PretrainConfig, PretrainTrainer
@@ -127,30 +125,6 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.model, tokenizer, config.output_dir)
     stage.finish(results_of(trainer, plan), trainer.state.log_history, samples.taken)
-
-
-def checkpoint_to_resume(stage: Stage, config: PretrainConfig) -> str | None:
-    """The checkpoint named in the arguments, else the latest of this run; those of a finished or unwanted run are
-    removed.
-
-    Raises:
-        ValueError: the folder holds checkpoints of another run that was not finished.
-    """
-    checkpoint = config.resume_from_checkpoint or latest_checkpoint(config.output_dir)
-    if checkpoint and not config.resume_from_checkpoint and not stage.can_continue():
-        finished = stage.file.exists() and not stage.begun.exists()
-        if not (stage.rerun or finished):
-            raise ValueError(
-                f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
-                f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "
-                f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
-            )
-        checkpoint = None
-    PartialState().wait_for_everyone()  # nobody reads the folder any more
-    if checkpoint is None and PartialState().is_main_process:
-        for old in Path(config.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
-    return checkpoint
 
 
 def network_config(arguments: PretrainArguments, era: str, tokenizer: PreTrainedTokenizerBase) -> NanoChatGPTConfig:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from transformers.utils import logging
 from trl import TrlParser
 
 from eval.pass_at_k import question_of, summarize_passes
 from eval.tasks.gsm8k import is_correct
-from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from recipes.stage import Stage
 from training import scaling
 from training.reinforce_trainer import ReinforceConfig, ReinforceTrainer
@@ -48,6 +49,8 @@ def main() -> None:
     stage = Stage("rl", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
         return
+    logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
+    checkpoint = checkpoint_to_resume(stage, config)
     model, tokenizer = load_checkpoint(arguments.model)
     train, validation = map(read_problems, files)
     trainer = ReinforceTrainer(
@@ -61,7 +64,7 @@ def main() -> None:
     )
     announce(stage, trainer)
     before = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.model, tokenizer, config.output_dir)

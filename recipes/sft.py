@@ -13,9 +13,10 @@ import random
 from dataclasses import dataclass, field
 
 from datasets import Dataset
+from transformers.utils import logging
 from trl import TrlParser
 
-from recipes.checkpoint import load_checkpoint, save_checkpoint
+from recipes.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from recipes.stage import Stage
 from training import scaling
 from training.sft_trainer import NanoChatSFTConfig, NanoChatSFTTrainer
@@ -44,6 +45,8 @@ def main() -> None:
     stage = Stage("sft", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
         return
+    logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
+    checkpoint = checkpoint_to_resume(stage, config)
     model, tokenizer = load_checkpoint(arguments.model)
     train, validation = (read_conversations(file, config.seed) for file in files)
     trainer = NanoChatSFTTrainer(
@@ -55,7 +58,7 @@ def main() -> None:
     )
     announce(stage, trainer)
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.model, tokenizer, config.output_dir)
