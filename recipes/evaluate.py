@@ -1,0 +1,280 @@
+"""Measures finished models side by side and prints a table.
+
+    python -m recipes.evaluate --config recipes/configs/demo/evaluate.yaml
+    torchrun --nproc_per_node 8 -m recipes.evaluate --models out/d20/sft --tasks core multiple_choice problems
+
+Tasks: `bits_per_byte` on the validation shard; `multiple_choice` by letters, each source by itself; `problems` with
+pass@k on RL's held-out problems; `spelling` (how many r are in strawberry); `human_eval`, programs run in a sandbox;
+`core`, DCLM's benchmark of base models. Several processes share the questions and add up the answers. Every accuracy
+comes with its 95% interval. `chat_core` is the mean of the chat tasks that were run, 0 for guessing, 1 for perfect.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from eval.bits_per_byte import evaluate_bits_per_byte
+from eval.chat_core import chat_core, guessing_accuracy, predict_letters
+from eval.code_sandbox import run_program
+from eval.pass_at_k import mean_with_interval, sample_and_judge, summarize_passes
+from eval.tasks import gsm8k, humaneval, spelling
+from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
+from recipes.checkpoint import load_for_inference
+from recipes.stage import Stage
+from recipes.tables import text_table
+from training.documents import open_documents, stream_documents
+from training.packed_rows import PackedRows
+
+Figures = dict[str, float]
+Record = dict[str, Any]
+VALIDATION_ROWS_AT_ONCE = 8
+SPELLING_DOCUMENTS = 200  # validation documents whose words are spelled
+SAMPLES_SHOWN = 5  # of each task and model, in the record
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, and of which models."""
+
+    models: list[str] = field(
+        default_factory=lambda: ["out/demo/base", "out/demo/sft", "out/demo/rl"],
+        metadata={"help": "Folders or Hub names of the models; one column each."},
+    )
+    tasks: list[str] = field(
+        default_factory=lambda: ["bits_per_byte", "multiple_choice", "problems"],
+        metadata={"help": "bits_per_byte, multiple_choice, problems, spelling, human_eval, core."},
+    )
+    data: str = field(default="out/demo/data", metadata={"help": "Folder that recipes.prepare_data has written."})
+    output_dir: str = field(default="out/demo/eval", metadata={"help": "Folder of the record."})
+    rerun: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
+    validation_tokens: int = field(default=200_000, metadata={"help": "Tokens that bits per byte is measured on."})
+    max_questions: int = field(default=300, metadata={"help": "Questions of each source of multiple choice, at most."})
+    max_problems: int = field(default=200, metadata={"help": "Problems, words and programs, at most."})
+    num_samples: int = field(default=8, metadata={"help": "Samples of each of `problems`; the others get one."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the samples of `problems`; the others are greedy."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length at which an answer is cut off."})
+    batch_rows: int = field(default=128, metadata={"help": "Rows sampled at once."})
+    batch_tokens: int = field(default=16384, metadata={"help": "Tokens read at once, padding included."})
+    seed: int = field(default=0, metadata={"help": "Of the sampling, and of the choice of questions."})
+
+
+@dataclass
+class Subject:
+    """A model being measured. `share` deals rows to this process, `collect` brings all processes' records together."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arguments: EvaluateArguments
+
+    def share(self, rows: Sequence[Any]) -> Sequence[Any]:
+        state = PartialState()
+        return rows[state.process_index :: state.num_processes]
+
+    def collect(self, records: list[Any]) -> list[Any]:
+        return gather_object(records) if PartialState().num_processes > 1 else records
+
+
+def main() -> None:
+    (arguments,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    check(arguments)
+    stage = Stage("eval", arguments.output_dir, [arguments], [*arguments.models, arguments.data], arguments.rerun)
+    if stage.is_done():
+        return
+    names = column_names(arguments.models)
+    stage.announce(models=", ".join(names), tasks=", ".join(arguments.tasks), processes=PartialState().num_processes)
+    results: dict[str, Figures] = {}
+    samples: list[Record] = []
+    for name, path in zip(names, arguments.models):
+        results[name], shown = measure(Subject(*load_for_inference(path), arguments), name)
+        samples += [{"model": name, **record} for record in shown]
+    stage.say("\n" + text_table(results))
+    stage.finish(results, samples=samples)
+
+
+def check(arguments: EvaluateArguments) -> None:
+    """`ValueError` for tasks that do not exist, before a model is loaded."""
+    unknown = sorted(set(arguments.tasks) - set(TASKS))
+    if unknown or not arguments.tasks or not arguments.models:
+        raise ValueError(
+            f"expected at least one model and tasks among {', '.join(TASKS)}; got models {arguments.models} and tasks "
+            f"{arguments.tasks}"
+        )
+
+
+def column_names(models: Sequence[str]) -> list[str]:
+    """The last part of each path, or whole paths where those are the same."""
+    short = [Path(model).name for model in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
+def measure(subject: Subject, name: str) -> tuple[Figures, list[Record]]:
+    """All figures of one model, and some samples of what it answered."""
+    figures: Figures = {}
+    samples: list[Record] = []
+    accuracies: Figures = {}
+    baselines: Figures = {}
+    progress = tqdm(subject.arguments.tasks, desc=name, disable=not PartialState().is_main_process)
+    for task in progress:
+        progress.set_postfix_str(task)
+        outcome = TASKS[task](subject)
+        figures |= outcome.figures
+        samples += [{"task": task, **record} for record in outcome.samples[:SAMPLES_SHOWN]]
+        accuracies |= outcome.accuracies
+        baselines |= outcome.baselines
+    if accuracies:
+        figures["chat_core"] = chat_core(accuracies, baselines)
+    return figures, samples
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+@dataclass
+class Outcome:
+    """What a task found: figures for the table, and the accuracies that go into ChatCORE with what guessing gives."""
+
+    figures: Figures
+    samples: list[Record] = field(default_factory=list)
+    accuracies: Figures = field(default_factory=dict)
+    baselines: Figures = field(default_factory=dict)
+
+
+def measure_bits_per_byte(subject: Subject) -> Outcome:
+    """On validation documents, packed as for training."""
+    arguments, state = subject.arguments, PartialState()
+    length = subject.model.config.max_position_embeddings
+    source = open_documents(f"{arguments.data}/pretrain")
+    packed = PackedRows(
+        source, subject.tokenizer, length + 1, split="validation",
+        stream=state.process_index, num_streams=state.num_processes,
+    )  # fmt: skip
+    count = max(1, arguments.validation_tokens // (length * state.num_processes))
+    rows = [torch.from_numpy(row).long() for row in islice(packed, count)]
+    batches = (
+        {"input_ids": batch[:, :-1], "shift_labels": batch[:, 1:]}  # (B, T) each
+        for batch in (
+            torch.stack(rows[start : start + VALIDATION_ROWS_AT_ONCE])
+            for start in range(0, len(rows), VALIDATION_ROWS_AT_ONCE)
+        )
+    )
+    value = evaluate_bits_per_byte(subject.model, batches, token_bytes(subject.tokenizer))
+    return Outcome({"bits_per_byte": value})
+
+
+def measure_multiple_choice(subject: Subject) -> Outcome:
+    """Every source of questions by itself."""
+    arguments = subject.arguments
+    sources: dict[str, list[Record]] = {}
+    for row in read_rows(f"{arguments.data}/eval/multiple_choice.jsonl"):
+        sources.setdefault(row["source"], []).append(row)
+    outcome = Outcome({})
+    for source, rows in sorted(sources.items()):
+        rows = some(rows, arguments.max_questions, arguments.seed)
+        own = subject.share(rows)
+        predictions = predict_letters(subject.model, subject.tokenizer, own, arguments.batch_tokens)
+        right = subject.collect([prediction == row["answer"] for prediction, row in zip(predictions, own)])
+        outcome.figures |= accuracy_figures(source, right)
+        outcome.accuracies[source] = outcome.figures[source]
+        outcome.baselines[source] = guessing_accuracy(rows)
+    return outcome
+
+
+def measure_problems(subject: Subject) -> Outcome:
+    """pass@k on the held-out problems of RL."""
+    arguments = subject.arguments
+    rows = some(read_rows(f"{arguments.data}/rl/validation.jsonl"), arguments.max_problems, arguments.seed)
+    records = answer(subject, rows, check_number, num_samples=arguments.num_samples, temperature=arguments.temperature)
+    figures = summarize_passes([sum(record["correct"]) for record in records], arguments.num_samples)
+    return Outcome(figures, records, {"problems": figures["pass@1"]})
+
+
+def measure_spelling(subject: Subject) -> Outcome:
+    """Counting letters in words of the validation documents."""
+    arguments = subject.arguments
+    documents = stream_documents(open_documents(f"{arguments.data}/pretrain"), "validation")
+    text = " ".join(document for document, _ in islice(documents, SPELLING_DOCUMENTS))
+    words = sorted(set(re.findall(r"\b[a-z]{3,}\b", text)))
+    rows = list(islice(spelling.counting_problems(words, arguments.seed), arguments.max_problems))
+    records = answer(subject, rows, check_number)
+    return one_answer_each("spelling", records)
+
+
+def measure_human_eval(subject: Subject) -> Outcome:
+    """Functions written and run in the sandbox."""
+    arguments = subject.arguments
+    problems = read_rows(f"{arguments.data}/eval/humaneval.jsonl")[: arguments.max_problems]
+    rows = [{**row, "messages": humaneval.to_messages(row)} for row in problems]
+    records = answer(subject, rows, lambda text, row: run_program(humaneval.program(row, text)).passed)
+    return one_answer_each("human_eval", records)
+
+
+def answer(
+    subject: Subject, rows: Sequence[Record], is_correct: Callable[[str, Record], bool], **sampling: Any
+) -> list[Record]:
+    """All processes' judged answers to the rows; greedy and one of each unless `sampling` says otherwise."""
+    arguments = subject.arguments
+    options = {
+        "num_samples": 1, "temperature": 0.0, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed,
+        "batch_rows": arguments.batch_rows, **sampling,
+    }  # fmt: skip
+    return subject.collect(
+        sample_and_judge(subject.model, subject.tokenizer, subject.share(rows), is_correct, **options)
+    )
+
+
+def check_number(text: str, row: Record) -> bool:
+    return gsm8k.is_correct(text, row["answer"])
+
+
+def one_answer_each(name: str, records: list[Record]) -> Outcome:
+    figures = accuracy_figures(name, [record["correct"][0] for record in records])
+    return Outcome(figures, records, {name: figures[name]})
+
+
+def accuracy_figures(name: str, right: Sequence[bool]) -> Figures:
+    interval = mean_with_interval(right)
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+TASKS: dict[str, Callable[[Subject], Outcome]] = {
+    "bits_per_byte": measure_bits_per_byte,
+    "multiple_choice": measure_multiple_choice,
+    "problems": measure_problems,
+    "spelling": measure_spelling,
+    "human_eval": measure_human_eval,
+}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_rows(file: str) -> list[Record]:
+    """Rows of a JSON lines file; `ValueError` if it is missing or empty."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file} does not exist; expected the data of recipes.prepare_data (--data FOLDER)")
+    with open(file, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    if not rows:
+        raise ValueError(f"{file} is empty; expected one row for each question")
+    return rows
+
+
+def some(rows: list[Record], count: int, seed: int) -> list[Record]:
+    """At most `count` of the rows, always the same ones."""
+    return rows if len(rows) <= count else random.Random(seed).sample(rows, count)
+
+
+if __name__ == "__main__":
+    main()
