@@ -17,6 +17,7 @@ import torch.distributed as dist
 from training import scaling
 from training.muon_adamw import MuonAdamW
 from training.param_groups import build_param_groups
+from training.progress_line import show_progress_line
 from training.schedules import GroupScheduler, Schedule
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -79,6 +80,7 @@ class MuonTrainerMixin:
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
+        show_progress_line(self)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

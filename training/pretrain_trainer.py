@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from training import scaling
@@ -124,20 +124,6 @@ class StepSchedule(TrainerCallback):
         control.should_log |= control.should_save
 
 
-class ProgressLine(ProgressCallback):
-    """The Trainer's progress bar with the last figures in it; evaluations get a line of their own."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        if "loss" in logs:
-            figures = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, MFU {logs['mfu']:.0%}"
-            self.training_bar.set_postfix_str(figures, refresh=False)
-        else:
-            measured = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
-            self.training_bar.write(f"step {state.global_step}: {measured}")
-
-
 class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
     """Trains a nanochat network on endless packed rows.
 
@@ -170,10 +156,6 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         self.set_up_muon(args.activation_dtype)
         self.model_accepts_loss_kwargs = False  # the mean over a micro-batch is right: all rows are full
         self.add_callback(StepSchedule(evaluations))
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        if not args.disable_tqdm:
-            self.add_callback(ProgressLine())
         peak = scaling.peak_flops_per_second(args.device, self.activation_dtype)
         self.peak_flops_per_second = peak * args.world_size
         self._start_clock()
