@@ -5,7 +5,8 @@ BIN := .venv/bin
 DEMO := recipes/configs/demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m
+CORES := $(shell nproc)
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test hf-tests lint bench clean
