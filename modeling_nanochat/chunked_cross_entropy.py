@@ -20,9 +20,16 @@ def tokens_per_chunk(num_tokens: int, vocab_size: int, device_type: str) -> int:
     return min(num_tokens, max(64, 1 << max(budget, 1).bit_length() - 1))
 
 
-def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
-    """cap * tanh(hidden @ weight.T / cap) in float32. (N, C), (V, C) -> (N, V)"""
-    return softcap * torch.tanh((hidden @ weight.T).float() / softcap)
+def _capped(rows: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
+    """tanh(rows @ weight.T / softcap) in float32: the logits as fractions of the cap. (n, C), (V, C) -> (n, V)"""
+    return (rows @ weight.T).float().div_(softcap).tanh_()
+
+
+def _exponentials(capped: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logits) (n, V) and their sums (n, 1). The cap bounds them (the configuration allows caps up to 64), so the
+    usual search for the largest logit, two more passes over the chunk, is not needed."""
+    exponentials = (capped * softcap).exp_()
+    return exponentials, exponentials.sum(-1, keepdim=True)
 
 
 def chunked_token_losses(
@@ -42,14 +49,10 @@ def chunked_token_losses(
     chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
     losses = []
     for rows, ids in zip(hidden.detach().split(chunk), targets.split(chunk)):
-        logits = softcapped_logits(rows, weight, softcap)  # (n, V)
-        losses.append(_losses_of(logits, torch.logsumexp(logits, dim=-1), ids))
-    return torch.cat(losses)
-
-
-def _losses_of(logits: torch.Tensor, log_normalizer: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    target_logits = logits.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (log_normalizer - target_logits).masked_fill(ids == IGNORE_INDEX, 0.0)
+        capped = _capped(rows, weight, softcap)
+        target_logits = softcap * capped.gather(-1, ids.clamp(min=0).unsqueeze(-1))  # (n, 1)
+        losses.append(_exponentials(capped, softcap)[1].log() - target_logits)
+    return torch.cat(losses).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0.0)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -67,15 +70,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         for rows, ids, scale in zip(hidden.split(chunk), targets.split(chunk), token_weights.split(chunk)):
-            capped = torch.tanh((rows @ cast_weight.T).float() / softcap)  # (n, V), in [-1, 1]
-            logits = capped * softcap
-            log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)  # (n, 1)
-            loss = loss + (_losses_of(logits, log_normalizer.squeeze(-1), ids) * scale).sum()
-            is_target = torch.arange(len(weight), device=ids.device) == ids.unsqueeze(-1)
-            logits_grad = torch.exp(logits - log_normalizer) - is_target.float()
-            logits_grad = (logits_grad * (1 - capped * capped) * scale.unsqueeze(-1)).to(hidden.dtype)
+            ids, scale = ids.clamp(min=0).unsqueeze(-1), scale.unsqueeze(-1)  # (n, 1)
+            capped = _capped(rows, cast_weight, softcap)
+            exponentials, sums = _exponentials(capped, softcap)
+            loss = loss + ((sums.log() - softcap * capped.gather(-1, ids)) * scale).sum()
+            # d loss / d head output = (probability - is target) * (1 - tanh^2), times the token's weight
+            logits_grad = _subtract_at(exponentials.mul_(scale / sums), ids, scale)
+            logits_grad = logits_grad.addcmul_(logits_grad, capped.square_(), value=-1).to(hidden.dtype)
             hidden_grads.append(logits_grad @ cast_weight)  # (n, C)
-            weight_grad = weight_grad + logits_grad.T @ rows  # (V, C)
+            if hidden.dtype == torch.float32:
+                weight_grad.addmm_(logits_grad.T, rows)  # (V, C)
+            else:
+                weight_grad.add_(logits_grad.T @ rows)
         ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight.dtype))
         return loss
 
@@ -83,6 +89,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_grad):
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad * loss_grad, None, None, None
+
+
+def _subtract_at(matrix: torch.Tensor, ids: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Subtracts amounts (n, 1) from the columns ids (n, 1) of a matrix (n, V), in place where that can be. A compiler
+    fuses a comparison into the passes around it; without one, touching n elements beats passes over all."""
+    if torch.compiler.is_compiling():
+        return matrix - amounts * (torch.arange(matrix.shape[1], device=ids.device) == ids)
+    return matrix.scatter_add_(-1, ids, -amounts)
 
 
 def _drop_ignored(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

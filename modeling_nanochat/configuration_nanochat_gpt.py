@@ -92,7 +92,7 @@ class NanoChatGPTConfig(PreTrainedConfig):
         rope_parameters: Transformers' rotary settings (`rope_theta`, `rope_type`).
         bfloat16_rotary_tables: round cosines and sines to bfloat16 in any dtype, as upstream did until 2026-03.
         rms_norm_eps: None is the machine epsilon of the dtype; Transformers' own `nanochat` class uses 1e-6.
-        final_logit_softcapping: logits become cap * tanh(logits / cap).
+        final_logit_softcapping: logits become cap * tanh(logits / cap); up to 64.
         query_key_scale: factor on queries and keys after their normalisation.
         use_residual_scalars: learnt weights of the stream and of the first embedding at the entry of each block.
         use_value_embeddings: gated token lookups added to the values of every other layer, the last one included.
@@ -236,8 +236,8 @@ class NanoChatGPTConfig(PreTrainedConfig):
         ):
             if not 1 <= channels <= self.hidden_size:
                 raise ValueError(f"{name} is {channels}, expected 1 to hidden_size ({self.hidden_size})")
-        if not self.final_logit_softcapping > 0:
-            raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping}, expected a positive number")
+        if not 0 < self.final_logit_softcapping <= 64:  # the loss takes exp(logit) in float32 as it is
+            raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping}, expected above 0, up to 64")
         if self.init_scheme not in ("seed", "head"):
             raise ValueError(f"init_scheme is {self.init_scheme!r}, expected 'seed' or 'head'")
         if self.tie_word_embeddings:

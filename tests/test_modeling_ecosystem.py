@@ -54,7 +54,7 @@ def test_the_dial():
         (lambda: NanoChatGPTConfig(num_key_value_heads=4), "num_key_value_heads is 4, expected a divisor"),
         (lambda: NanoChatGPTConfig(vocab_size=0), "vocab_size is 0, expected at least 1"),
         (lambda: NanoChatGPTConfig(value_gate_channels=1000), "value_gate_channels is 1000, expected 1 to"),
-        (lambda: NanoChatGPTConfig(final_logit_softcapping=0.0), "final_logit_softcapping is 0.0, expected a pos"),
+        (lambda: NanoChatGPTConfig(final_logit_softcapping=0.0), "final_logit_softcapping is 0.0, expected above 0"),
         (lambda: NanoChatGPTConfig(tie_word_embeddings=True), "tie_word_embeddings is True, expected False"),
         (lambda: NanoChatGPTConfig(sliding_window=0), "sliding_window is 0, expected at least 1"),
         (lambda: NanoChatGPTConfig(layer_types=["chunked_attention"] * 12), r"layer_types\[0\] is 'chunked_att"),
