@@ -22,7 +22,7 @@ from training.documents import find_files, load_streaming
 
 FORMATS = ("messages", "multiple_choice", "gsm8k")
 EMBEDDED = ("dialogues", "multiple_choice")
-GENERATED = ("arithmetic", "reasoning_gym", "spelling")
+GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", "spelling")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Part:
     """One entry of a mixture.
 
     Attributes:
-        name: `dialogues` or `multiple_choice` of the embedded data; `arithmetic`, `reasoning_gym` or `spelling`, which
-            code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
+        name: `dialogues` or `multiple_choice` of the embedded data; `arithmetic`, `mental_arithmetic` (no calculator),
+            `reasoning_gym` or `spelling`, which code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
         rows: how many rows to take; all if None (a generator needs a number).
         repeat: how many times each row comes in an epoch.
         format: how rows of a data set are read: `messages`, `multiple_choice` (MMLU's and ARC's columns) or `gsm8k`.
@@ -90,6 +90,8 @@ def open_part(part: Part, archives: embedded_data.Archives, words: list[str], se
         return iter(training if part.split == "train" else evaluation)
     if part.name == "arithmetic":
         return ({**row, "source": part.name} for row in arithmetic.generate(seed))
+    if part.name == "mental_arithmetic":
+        return ({**arithmetic.in_the_head(row), "source": part.name} for row in arithmetic.generate(seed))
     if part.name == "reasoning_gym":
         return ({**row, "source": part.name} for row in arithmetic.generate_reasoning_gym(seed))
     if part.name == "spelling":

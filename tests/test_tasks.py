@@ -184,3 +184,12 @@ def test_humaneval_reference_is_the_whole_function():
     messages = humaneval.to_messages(PROBLEM)
     assert messages[0]["content"] == PROBLEM["prompt"]
     assert messages[1]["content"] == PROBLEM["prompt"] + PROBLEM["canonical_solution"]
+
+
+def test_mental_arithmetic_has_the_same_problems_and_no_calculator():
+    rows = list(itertools.islice(arithmetic.generate(1), 20))
+    for row in rows:
+        mental = arithmetic.in_the_head(row)
+        assert mental["messages"][0] == row["messages"][0] and mental["answer"] == row["answer"]
+        assert [part["type"] for part in mental["messages"][1]["content"]] == ["text"]
+        assert gsm8k.is_correct(mental["messages"][1]["content"][0]["text"], row["answer"])

@@ -5,6 +5,9 @@ learnt is which operation a wording asks for, and to copy: numbers into the call
 calculator does the arithmetic, so a network of a million parameters can solve most of them after a million tokens of
 practice, and reinforcement has something left to improve.
 
+`in_the_head` is the same problem solved without the calculator, as people often write it. A small network cannot do
+that, so a mixture that shows both ways gives reinforcement something to find out: that the calculator pays.
+
 `generate_reasoning_gym` converts three of that package's data sets: the equations in a solution become calls if the
 calculator agrees with them (the others stay text), and final answers lose the `.0` that some have.
 
@@ -181,6 +184,14 @@ def problem(question: str, opening: str, expression: str) -> dict[str, Any]:
         {"type": "text", "text": f"\n#### {answer}"},
     ]
     return row_of(question, solution, answer)
+
+
+def in_the_head(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `generate` whose solution states the result as text, with no call of the calculator."""
+    question, solution = (message["content"] for message in row["messages"])
+    expression = next(part["text"] for part in solution if part["type"] == "python")
+    text = f"{expression} = {row['answer']}\n#### {row['answer']}"
+    return row_of(question, [{"type": "text", "text": text}], row["answer"])
 
 
 def row_of(question: str, solution: list[dict[str, str]], answer: str) -> dict[str, Any]:
