@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -66,6 +67,7 @@ class ReinforceConfig(MuonArguments, GRPOConfig):
         default=0.05, metadata={"help": "Learning rates at the start, as a fraction of pretraining's."}
     )
     embedding_lr: float = field(default=0.2, metadata={"help": "Base learning rate of the embeddings."})
+    scalar_lr: float = field(default=0.5, metadata={"help": "Base learning rate of the scalars."})
     num_generations: int | None = field(default=16, metadata={"help": "Samples of each question in a step."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples in one backward pass."})
     gradient_accumulation_steps: int = field(default=16, metadata={"help": "Backward passes in a step."})
@@ -123,6 +125,8 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks or ()),
         )
+        if self.is_fsdp_enabled:
+            raise ValueError("reinforcement does not run under FSDP: sampling needs whole weights on every rank")
         self.rollout_func = self._roll_out
         self.set_up_muon(args.activation_dtype)
         self.stop_token_ids = {*self.eos_token_ids, processing_class.bos_token_id}
@@ -131,6 +135,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             "batch_tokens": scaling.REFERENCE_BATCH_TOKENS,  # upstream's rates do not depend on the batch here
             "init_lr_frac": args.init_lr_frac,
             "embedding_lr": args.embedding_lr,
+            "scalar_lr": args.scalar_lr,
             "weight_decay": 0.0,
             "polar_dtype": args.polar_dtype,
         }
@@ -219,8 +224,9 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         samples = self.num_generations_eval
         at_once = max(1, self.args.per_device_eval_batch_size // samples)
         passes = []
-        for start in range(self.accelerator.process_index * at_once, len(questions),
-                           self.accelerator.num_processes * at_once):  # fmt: skip
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        starts = range(rank * at_once, len(questions), ranks * at_once)
+        for start in tqdm(starts, desc="pass@k", leave=False, disable=self.args.disable_tqdm or rank > 0):
             rows = [questions[i] for i in range(start, min(start + at_once, len(questions)))]
             prompts = [row["prompt"] for row in rows for _ in range(samples)]
             _, completions = self.sample(prompts, EVALUATION_STREAM, start * samples, len(questions) * samples)
