@@ -65,6 +65,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def heads_of_this_rank(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The heads (B, T, num_heads, D) that this rank computes, where tensor parallelism shares them out, of all heads.
+
+    Ranks of one tensor-parallel group are numbered one after another, in Transformers as in vLLM.
+    """
+    ranks = x.shape[2] // num_heads
+    return x if ranks == 1 else x.chunk(ranks, dim=2)[torch.distributed.get_rank() % ranks]
+
+
 class NanoChatGPTAttention(nn.Module):
     """Grouped-query attention: rotary turn first, then norm of queries and keys, gated value embeddings."""
 
@@ -101,7 +110,8 @@ class NanoChatGPTAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads_shape)
         if value_embedding is not None:
             gate = torch.sigmoid(self.value_gate(hidden_states[..., : self.config.value_gate_channels]))  # (B, T, H_kv)
-            value = value + self.config.value_gate_scale * gate.unsqueeze(-1) * value_embedding.view(heads_shape)
+            looked_up = heads_of_this_rank(value_embedding.view(heads_shape), value.shape[2])
+            value = value + self.config.value_gate_scale * gate.unsqueeze(-1) * looked_up
 
         eps, scale = self.config.rms_norm_eps, self.config.query_key_scale
         query = rms_norm(rotate(query, *position_embeddings), eps) * scale
