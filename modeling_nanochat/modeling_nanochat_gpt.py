@@ -384,7 +384,7 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             loss = chunked_cross_entropy(
                 hidden_states.flatten(0, 1),
-                self.lm_head.weight,
+                self._whole_head_weight(),
                 shift_labels.flatten().to(hidden_states.device),
                 self.config.final_logit_softcapping,
                 num_items_in_batch,
@@ -405,6 +405,15 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         cap = self.config.final_logit_softcapping
         return cap * torch.tanh(self.lm_head(hidden_states).float() / cap)
 
+    def _whole_head_weight(self) -> torch.Tensor:
+        """(V, C). FSDP2 gathers a weight around its module's own forward, which the chunked loss goes past."""
+        weight = self.lm_head.weight
+        if hasattr(weight, "full_tensor"):  # a DTensor, whose ranks' gradients FSDP averages
+            from torch.distributed.tensor import Partial
+
+            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        return weight
+
     @torch.no_grad()
     def token_losses(
         self, input_ids: torch.Tensor, targets: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -422,7 +431,7 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         losses = chunked_token_losses(
             outputs.last_hidden_state.flatten(0, 1),
-            self.lm_head.weight,
+            self._whole_head_weight(),
             targets.flatten(),
             self.config.final_logit_softcapping,
         )
