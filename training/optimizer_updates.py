@@ -65,7 +65,8 @@ def adamw_update(
 def polar_express(x: Tensor, steps: int = 5, norm_safety: float = NORM_SAFETY) -> Tensor:
     """The orthogonal factor of each matrix's polar decomposition, roughly: all but tiny singular values end near 1.
 
-    In bfloat16 the iteration is chaotic: the order of its roundings is upstream's, and matters.
+    In bfloat16 the iteration is chaotic: the order of its roundings is upstream's, and matters. In float32 long
+    matrices take a shorter way to the same result.
 
     Args:
         x: (K, m, n), whose dtype is the precision of the products.
@@ -73,12 +74,39 @@ def polar_express(x: Tensor, steps: int = 5, norm_safety: float = NORM_SAFETY) -
         norm_safety: how far below 1 the first norm is kept, against rounding.
     """
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * norm_safety + 1e-6)
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS_COEFFICIENTS[:steps]:
+    tall, coefficients = x.size(-2) > x.size(-1), POLAR_EXPRESS_COEFFICIENTS[:steps]
+    if x.dtype == torch.float32 and max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
+        factor = gram_factor(x.mT @ x if tall else x @ x.mT, coefficients)
+        return x @ factor if tall else factor @ x
+    for a, b, c in coefficients:
         gram = x.mT @ x if tall else x @ x.mT  # (K, s, s), s the smaller side
-        polynomial = b * gram + c * (gram @ gram)
-        x = a * x + (x @ polynomial if tall else polynomial @ x)
+        polynomial = add_product(gram, b, gram, gram, c)
+        x = add_product(x, a, x, polynomial) if tall else add_product(x, a, polynomial, x)
     return x
+
+
+def add_product(x: Tensor, beta: float, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """beta x + alpha left @ right, of (K, ., .): in one go in float32, with upstream's roundings in bfloat16."""
+    if x.dtype == torch.float32:
+        return torch.baddbmm(x, left, right, beta=beta, alpha=alpha)
+    return beta * x + alpha * (left @ right)
+
+
+def gram_factor(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The square factor F of Polar Express, whose result is F X (or X F), from the Gram matrices (K, s, s) alone.
+
+    The polynomials of a symmetric matrix commute, so A = X X^T becomes Q A Q when X becomes Q X: no product has the
+    long side, which saves 40% at 1:4. Squaring loses digits of singular values under 1e-3 of the largest: the result
+    is off by 6e-4 of its norm at worst in float32 (measured, spectra over 8 decades); bfloat16 has none to lose.
+    """
+    factor = None
+    for i, (a, b, c) in enumerate(coefficients):
+        polynomial = add_product(gram, b, gram, gram, c)  # Q = a I + b A + c A^2
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = polynomial if factor is None else factor @ polynomial
+        if i + 1 < len(coefficients):
+            gram = polynomial @ gram @ polynomial
+    return factor
 
 
 def equilibrate_rows(x: Tensor) -> Tensor:
@@ -163,6 +191,6 @@ def muon_update(
     nesterov = grads.lerp(momentum_buffer, momentum)
     update = orthogonalize(nesterov, ns_steps, polar_dtype, row_equilibration, frobenius_renormalization)
     update = reduce_variance(update, second_moment, beta2)
-    decay = weight_decay * parameters * (update * parameters >= 0)
+    decay = weight_decay * torch.where(update * parameters >= 0, parameters, 0.0)
     rate = lr * math.sqrt(max(1.0, parameters.size(-2) / parameters.size(-1)))
     parameters.sub_(rate * (update + decay))
