@@ -109,9 +109,11 @@ def draw_panel(ax: plt.Axes, panel: Panel, log: Log) -> None:
             ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
         line = running_mean(values) if smooth else values
         ax.plot(steps, line, color=color, linewidth=1.8, label=name, marker="o" if few else None, markersize=3.5)
+        last = line[-1]
+        text = f"{last:,.3g}" if last < 1000 else f"{last:,.0f}"
         ax.annotate(
-            f"{line[-1]:,.3g}" if line[-1] < 1000 else f"{line[-1]:,.0f}", (steps[-1], line[-1]), xytext=(4, 0), textcoords="offset points", color=color,
-            va="center", fontsize=9, annotation_clip=False,
+            text, (steps[-1], last), xytext=(4, 0), textcoords="offset points", color=color, va="center", fontsize=9,
+            annotation_clip=False,
         )  # fmt: skip
     ax.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     if panel.share:

@@ -28,6 +28,7 @@ from trl import TrlParser
 from eval.bits_per_byte import evaluate_bits_per_byte
 from eval.chat_core import chat_core, guessing_accuracy, predict_letters
 from eval.code_sandbox import run_program
+from eval.core import evaluate_task, read_tasks, summarize_core
 from eval.pass_at_k import mean_with_interval, sample_and_judge, summarize_passes
 from eval.tasks import gsm8k, humaneval, spelling
 from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
@@ -67,6 +68,16 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Length at which an answer is cut off."})
     batch_rows: int = field(default=128, metadata={"help": "Rows sampled at once."})
     batch_tokens: int = field(default=16384, metadata={"help": "Tokens read at once, padding included."})
+    core_bundle: str = field(
+        default="out/eval_bundle", metadata={"help": "Folder of upstream's eval_bundle.zip, unpacked, for `core`."}
+    )
+    core_tasks: list[str] | None = field(default=None, metadata={"help": "Labels of CORE's tasks; all 22 by default."})
+    core_examples: int | None = field(
+        default=None, metadata={"help": "Examples of each of CORE's tasks; all if unset."}
+    )
+    core_max_length: int | None = field(
+        default=None, metadata={"help": "Crop CORE's prompts on the left to so many tokens; not at all if unset."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the sampling, and of the choice of questions."})
 
 
@@ -104,13 +115,15 @@ def main() -> None:
 
 
 def check(arguments: EvaluateArguments) -> None:
-    """`ValueError` for tasks that do not exist, before a model is loaded."""
+    """`ValueError` for tasks that do not exist or lack their data, before a model is loaded."""
     unknown = sorted(set(arguments.tasks) - set(TASKS))
     if unknown or not arguments.tasks or not arguments.models:
         raise ValueError(
             f"expected at least one model and tasks among {', '.join(TASKS)}; got models {arguments.models} and tasks "
             f"{arguments.tasks}"
         )
+    if "core" in arguments.tasks:
+        read_tasks(arguments.core_bundle, arguments.core_tasks)
 
 
 def column_names(models: Sequence[str]) -> list[str]:
@@ -220,6 +233,28 @@ def measure_human_eval(subject: Subject) -> Outcome:
     return one_answer_each("human_eval", records)
 
 
+def measure_core(subject: Subject) -> Outcome:
+    """DCLM's benchmark, or the chosen tasks of it."""
+    arguments = subject.arguments
+    results = []
+    for task in read_tasks(arguments.core_bundle, arguments.core_tasks):
+        result = evaluate_task(
+            subject.model,
+            subject.tokenizer,
+            task,
+            max_examples=arguments.core_examples,
+            max_length=arguments.core_max_length,
+            batch_tokens=arguments.batch_tokens,
+        )
+        if result.beyond_context or result.shots < task.num_fewshot:
+            tqdm.write(
+                f"{task.label}: {result.beyond_context} of {len(result.answers)} prompts are beyond the context (the "
+                f"longest has {result.longest_prompt} tokens), {result.shots} of {task.num_fewshot} shots were there"
+            )
+        results.append(result)
+    return Outcome(summarize_core(results))
+
+
 def answer(
     subject: Subject, rows: Sequence[Record], is_correct: Callable[[str, Record], bool], **sampling: Any
 ) -> list[Record]:
@@ -254,6 +289,7 @@ TASKS: dict[str, Callable[[Subject], Outcome]] = {
     "problems": measure_problems,
     "spelling": measure_spelling,
     "human_eval": measure_human_eval,
+    "core": measure_core,
 }
 
 
