@@ -14,6 +14,7 @@ from training.pretrain_trainer import PretrainConfig, PretrainTrainer
 from training.tokenizer_training import train_tokenizer
 
 WORDS = ["the", "a", "of", "king", "queen", "castle", "river", "mountain", "says", "goes", "sees", "dark", "bright"]
+WORDS += ["garden", "winter", "silver", "quiet", "journey", "bridge", "village"]
 
 
 @pytest.fixture(scope="module")
