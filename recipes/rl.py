@@ -27,6 +27,7 @@ from training.reinforce_trainer import ReinforceConfig, ReinforceTrainer
 
 MEASURED = ("pass@1", "pass@8")
 SAMPLES_SHOWN = 5
+TRIAL_SAMPLES = 128  # drawn to tell how long the run will take
 
 
 @dataclass
@@ -99,8 +100,8 @@ def read_problems(file: str) -> list[dict[str, Any]]:
 def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
     """Says what will happen; the time rests on one batch of samples drawn for the purpose."""
     config, network = trainer.args, trainer.model.config
-    trial = [row["prompt"] for row in trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset))))]
-    trial = [prompt for prompt in trial for _ in range(config.num_generations)]
+    problems = list(trainer.eval_dataset)[: max(1, TRIAL_SAMPLES // config.num_generations)]
+    trial = [row["prompt"] for row in problems for _ in range(config.num_generations)]
     start = time.perf_counter()
     prompts, completions = trainer.sample(trial, 0, 0, len(trial))
     seconds_per_sample = (time.perf_counter() - start) / len(trial) / config.world_size

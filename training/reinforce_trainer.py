@@ -235,7 +235,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             passes += [sum(passed[i : i + samples]) for i in range(0, len(passed), samples)]
         figures = self.summarize(gather_object(passes), samples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # which adds the epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

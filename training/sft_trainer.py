@@ -7,8 +7,9 @@ own chunked one, as in pretraining, instead of the fused head (and its accuracy 
 synchronisation a step). The validation loss is a mean over tokens, not of batch means, so that it does not depend on
 batch or ranks. The optimizer is MuonAdamW with its group schedule.
 
-All rows have one length, so every batch has one shape. Conversations in one row see those before them, as documents do
-in pretraining; the price of padding and of the last rows that fill no batch is reported, not hidden.
+All rows have one length and all steps the same number of rows, so every batch has one shape. Conversations in one row
+see those before them, as documents do in pretraining; the price of padding and of the last rows, which fill no batch,
+is reported, not hidden.
 """
 
 import json
@@ -44,9 +45,6 @@ class NanoChatSFTConfig(MuonArguments, SFTConfig):
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens in a packed row; the network's context length by default."}
-    )
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last rows that fill no batch: all batches have one shape."}
     )
 
     def __post_init__(self):
@@ -91,7 +89,8 @@ class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
         processing_class: the tokenizer with the nine special tokens.
         callbacks: the Trainer's own kind.
 
-    `packed` holds the figures of each data set, `train` and `eval`.
+    `packed` holds the figures of each data set, `train` and `eval`; `rows_left_out` counts the last training rows,
+    which fill no batch.
     """
 
     def __init__(
@@ -118,13 +117,16 @@ class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
             callbacks=list(callbacks or ()),
         )
         self.set_up_muon(args.activation_dtype)
-        self.rows_at_once = args.per_device_train_batch_size * args.world_size
-        if len(self.train_dataset) < self.rows_at_once:
+        batch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = len(self.train_dataset)
+        if rows < batch_rows:
             raise ValueError(
-                f"the conversations fill {len(self.train_dataset)} rows of {args.max_length} tokens, expected at least "
-                f"one batch of {self.rows_at_once} rows: lower per_device_train_batch_size or max_length"
+                f"the conversations fill {rows} rows of {args.max_length} tokens, expected at least one batch of "
+                f"{batch_rows} rows: lower per_device_train_batch_size, gradient_accumulation_steps or max_length"
             )
-        self.batch_tokens = self.rows_at_once * args.gradient_accumulation_steps * args.max_length
+        self.rows_left_out = rows % batch_rows
+        self.train_dataset = self.train_dataset.select(range(rows - self.rows_left_out))
+        self.batch_tokens = batch_rows * args.max_length
         self.flops_per_token = scaling.flops_per_token(model.config, args.max_length)
         self.param_group_settings = {
             "era": args.era,
@@ -185,17 +187,12 @@ class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     @property
-    def rows_left_out(self) -> int:
-        """Rows at the end of an epoch that fill no batch of all devices."""
-        return len(self.train_dataset) % self.rows_at_once
-
-    @property
     def planned_steps(self) -> int:
-        """Optimizer steps of the run; the last one of an epoch may be made of fewer rows."""
+        """Optimizer steps of the run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        steps = math.ceil(len(self.train_dataset) // self.rows_at_once / self.args.gradient_accumulation_steps)
-        return math.ceil(steps * self.args.num_train_epochs)
+        steps_of_an_epoch = len(self.train_dataset) * self.args.max_length // self.batch_tokens
+        return math.ceil(steps_of_an_epoch * self.args.num_train_epochs)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         return self.flops_per_token * inputs["input_ids"].numel()
