@@ -112,7 +112,9 @@ def plot(cells: Sequence[Cell], optima: Sequence[Optimum], file: Path) -> None:
             laws.plot(flops, factor * flops**exponent, color=line.get_color())
             label = f"{quantity} ~ FLOPs^{exponent:.2f}"
         line.set_label(label)
-    laws.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="best")
+    if optima:  # logarithmic axes cannot be drawn empty
+        laws.set(xscale="log", yscale="log")
+    laws.set(xlabel="FLOPs", ylabel="best")
     laws.legend()
     figure.savefig(file, dpi=150)
 
