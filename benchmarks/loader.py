@@ -78,7 +78,7 @@ def measure(source: DocumentSource, tokenizer: PreTrainedTokenizerBase) -> dict[
     encode, sample = BulkEncoder(tokenizer), texts(source, 2000)
     documents = [[tokenizer.bos_token_id, *encode_text(tokenizer, text)] for text in sample]
     assert all(encode(text).tolist() == document for text, document in zip(sample, documents, strict=True))
-    row_length, rows = CONTEXT + 1, 600
+    row_length, rows = CONTEXT + 1, 300
 
     def pack(packing: Callable) -> int:
         return sum(len(row) for row in itertools.islice(packing(itertools.cycle(documents), row_length), rows))
