@@ -27,6 +27,7 @@ from training.param_groups import build_param_groups
 
 HEAD_DIM = 64
 SEED = 0
+DTYPE = torch.bfloat16 if scaling.native_bfloat16("cpu") else torch.float32  # of activations and orthogonalisation
 
 
 @dataclass
@@ -60,8 +61,7 @@ def plain_muon(
     """All of (K, m, n)."""
     momentum_buffer.lerp_(grad, 1 - momentum)
     x = grad.lerp(momentum_buffer, momentum)
-    if scaling.native_bfloat16("cpu"):
-        x = x.bfloat16()
+    x = x.to(DTYPE)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
@@ -136,7 +136,7 @@ def optimizer_step(arguments: OptimizerArguments, plain: bool, compiled: bool) -
 def training_step(arguments: OptimizerArguments) -> Callable[[], None]:
     """Forward and backward of the network, in the dtype the processor is good at."""
     model = build_model(arguments)
-    model.set_activation_dtype(torch.bfloat16 if scaling.native_bfloat16("cpu") else torch.float32)
+    model.set_activation_dtype(DTYPE)
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1))
 
     def step() -> None:
