@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainingArguments
 
 from training import scaling
 from training.muon_adamw import MuonAdamW
@@ -21,6 +22,17 @@ from training.progress_line import show_progress_line
 from training.schedules import GroupScheduler, Schedule
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def refuse_autocast_and_clipping(arguments: TrainingArguments) -> None:
+    """`ValueError` for the Trainer's own mixed precision and clipping, which no trainer here does."""
+    if arguments.bf16 or arguments.fp16:
+        raise ValueError(
+            f"bf16={arguments.bf16}, fp16={arguments.fp16}: mixed precision is set by activation_dtype here "
+            "(float32 weights cast in forward, no autocast); expected both to be false"
+        )
+    if arguments.max_grad_norm:
+        raise ValueError(f"max_grad_norm={arguments.max_grad_norm}, expected 0: gradients are not clipped")
 
 
 @dataclass
@@ -56,13 +68,7 @@ class MuonArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bf16 or self.fp16:
-            raise ValueError(
-                f"bf16={self.bf16}, fp16={self.fp16}: mixed precision is set by activation_dtype here (float32 weights "
-                "cast in forward, no autocast); expected both to be false"
-            )
-        if self.max_grad_norm:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm}, expected 0: gradients are not clipped")
+        refuse_autocast_and_clipping(self)
 
 
 class MuonTrainerMixin:

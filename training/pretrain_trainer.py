@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from training import scaling
 from training.checkpointing import WholeCheckpointsMixin, latest_checkpoint
-from training.muon_trainer import DTYPES, MuonTrainerMixin
+from training.muon_trainer import DTYPES, MuonTrainerMixin, refuse_autocast_and_clipping
 from training.param_groups import BASE_RATES
 from training.row_loader import RowLoader
 from training.schedules import pretraining_schedules
@@ -85,13 +85,7 @@ class PretrainConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bf16 or self.fp16:
-            raise ValueError(
-                f"bf16={self.bf16}, fp16={self.fp16}: mixed precision is set by activation_dtype here (float32 weights "
-                "cast in forward, no autocast); expected both to be false"
-            )
-        if self.max_grad_norm:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm}, expected 0: gradients are not clipped")
+        refuse_autocast_and_clipping(self)
         if self.era not in BASE_RATES:
             raise ValueError(f"era={self.era!r}, expected one of {', '.join(BASE_RATES)}")
         if self.activation_dtype not in ("auto", *DTYPES):
