@@ -154,8 +154,18 @@ class NanoChatGPTConfig(PreTrainedConfig):
             self.layer_types = layer_types_from_pattern("SSSL", self.num_hidden_layers, self.smear_channels > 0)
         if self.sliding_window is None and any("sliding" in kind for kind in self.layer_types):
             self.sliding_window = self.max_position_embeddings // 2 + 1
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         self.validate_architecture()  # the strict dataclass calls it too, but wraps what it raises
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How ranks share the layers: each has some of the heads and of the MLP's width, and whole embeddings."""
+        plan = {f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+        plan |= {"layers.*.self_attn.o_proj": "rowwise"}
+        plan |= {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+        if self.use_value_embeddings:
+            plan |= {"layers.*.self_attn.value_gate": "colwise", "value_embeddings.*": "replicated_with_grad_allreduce"}
+        return plan
 
     def _refuse_misspelt_fields(self, kwargs: dict) -> None:
         """The parent keeps any keyword as an attribute: a misspelt field would be ignored without a word."""

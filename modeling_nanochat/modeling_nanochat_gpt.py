@@ -12,7 +12,7 @@ chunk, so a forward pass with labels returns no logits unless they are asked for
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -34,6 +34,7 @@ from .decoder_layer import (
     marked_linear,
     rms_norm,
 )
+from .tool_use import CalculatorLogitsProcessor
 
 # Where a saved folder finds its code. Transformers alone would write no AutoModel entry for a network with a head.
 AUTO_MAP = {
@@ -216,6 +217,11 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             kwargs["position_ids"] = position_ids  # flash kernels read packed sequences from them
         hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         if self.config.smear_channels:
+            if "attention_instances" in kwargs:
+                raise ValueError(
+                    f"smear_channels is {self.config.smear_channels}, expected 0 where vLLM does the attention: its "
+                    "cache keeps no embedding beside keys and values"
+                )
             hidden_states = self._smear(hidden_states, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self._run_layers(
@@ -320,6 +326,10 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         for module in self.modules():
             if type(module) is old:
                 module.__class__ = new
+
+    def calculator(self, tokenizer: PreTrainedTokenizerBase) -> CalculatorLogitsProcessor:
+        """For `generate(..., logits_processor=[model.calculator(tokenizer)])`, also where only the folder's code is."""
+        return CalculatorLogitsProcessor(tokenizer)
 
     def init_continuous_batching(self, *args, **kwargs):
         """The entry to `generate_batch` and its server; paged attention runs on SDPA or a flash kernel.

@@ -54,6 +54,10 @@ for folder in map(Path, sys.argv[2:]):
         [{"role": "user", "content": "Hi"}], max_new_tokens=4, do_sample=False
     )
     assert answer[0]["generated_text"][-1]["role"] == "assistant", answer
+    call = tokenizer("<|python_start|>12+30<|python_end|>", return_tensors="pt").input_ids
+    processed = [model.calculator(tokenizer)]
+    answer = model.generate(call, attention_mask=torch.ones_like(call), max_new_tokens=4, logits_processor=processed)
+    assert tokenizer.decode(answer[0, call.shape[1] :]) == "<|output_start|>42<|output_end|>", answer
     model.save_pretrained(folder / "saved_again")
     print("loaded", folder.name)
 """
