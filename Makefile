@@ -29,7 +29,7 @@ demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, cha
 	$(LAUNCH) recipes.sft --config $(DEMO)/sft.yaml
 	$(LAUNCH) recipes.rl --config $(DEMO)/rl.yaml
 	$(BIN)/python -m recipes.evaluate --config $(DEMO)/evaluate.yaml
-	$(BIN)/python -m recipes.chat --model out/demo/rl --prompt 'What is 12 + 30?'
+	$(BIN)/python -m recipes.chat --model out/demo/rl --temperature 0 --prompt 'What is 12 + 30?'
 	$(BIN)/python -m recipes.report --config $(DEMO)/report.yaml
 
 test: .venv/.installed ## every test, on two workers

@@ -12,6 +12,7 @@ comes with its 95% interval. `chat_core` is the mean of the chat tasks that were
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,18 +24,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl import TrlParser
 
 from eval.bits_per_byte import evaluate_bits_per_byte
 from eval.chat_core import chat_core, guessing_accuracy, predict_letters
 from eval.code_sandbox import run_program
 from eval.core import evaluate_task, read_tasks, summarize_core
+from eval.generation import generate_batch
 from eval.pass_at_k import mean_with_interval, sample_and_judge, summarize_passes
 from eval.tasks import gsm8k, humaneval, spelling
-from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
+from modeling_nanochat.tokenization_nanochat_gpt import BOS, special_token_ids, token_bytes
 from recipes.checkpoint import load_for_inference
 from recipes.stage import Stage
 from recipes.tables import text_table
+from training import scaling
 from training.documents import open_documents, stream_documents
 from training.packed_rows import PackedRows
 
@@ -42,6 +46,8 @@ Figures = dict[str, float]
 Record = dict[str, Any]
 VALIDATION_ROWS_AT_ONCE = 8
 SPELLING_DOCUMENTS = 200  # validation documents whose words are spelled
+CHARACTERS_PER_TOKEN = 4  # of English, for the announcement
+TRIAL_TOKENS = 8  # sampled to learn how fast that is
 SAMPLES_SHOWN = 5  # of each task and model, in the record
 
 
@@ -103,8 +109,9 @@ def main() -> None:
     stage = Stage("eval", arguments.output_dir, [arguments], [*arguments.models, arguments.data], arguments.rerun)
     if stage.is_done():
         return
+    logging.disable_progress_bar()  # of reading weights, which would tear this one's
     names = column_names(arguments.models)
-    stage.announce(models=", ".join(names), tasks=", ".join(arguments.tasks), processes=PartialState().num_processes)
+    announce(stage, names, arguments)
     results: dict[str, Figures] = {}
     samples: list[Record] = []
     for name, path in zip(names, arguments.models):
@@ -130,6 +137,53 @@ def column_names(models: Sequence[str]) -> list[str]:
     """The last part of each path, or whole paths where those are the same."""
     short = [Path(model).name for model in models]
     return short if len(set(short)) == len(short) else list(models)
+
+
+def announce(stage: Stage, names: Sequence[str], arguments: EvaluateArguments) -> None:
+    """What is read, and sampled at most; the time rests on a trial batch sampled from the first model."""
+    model, tokenizer = load_for_inference(arguments.models[0])
+    read = tokens_to_read(arguments)
+    rows = rows_to_sample(arguments)
+    trial = [[special_token_ids(tokenizer)[BOS]]] * min(rows, arguments.batch_rows)
+    start = time.perf_counter()
+    if rows:
+        generate_batch(model, tokenizer, trial, max_new_tokens=TRIAL_TOKENS, batch_rows=len(trial))
+    seconds_per_token = (time.perf_counter() - start) / TRIAL_TOKENS
+    forward_flops = scaling.flops_per_token(model.config) / 3  # a third of a training step's
+    rate = scaling.peak_flops_per_second(model.device, model.dtype) * scaling.EXPECTED_UTILISATION[model.device.type]
+    batches = -(-rows // arguments.batch_rows)
+    seconds = read * forward_flops / rate + batches * arguments.max_new_tokens * seconds_per_token
+    processes = PartialState().num_processes
+    stage.announce(
+        models=", ".join(names),
+        parameters=scaling.count_parameters(model.config).total,
+        tasks=", ".join(arguments.tasks),
+        tokens_read=len(names) * read,
+        tokens_sampled_at_most=len(names) * rows * arguments.max_new_tokens,
+        flops=len(names) * (read + rows * arguments.max_new_tokens) * forward_flops,
+        processes=processes,
+        seconds=len(names) * seconds / processes,
+    )
+
+
+def tokens_to_read(arguments: EvaluateArguments) -> int:
+    """About how many tokens the tasks that read give a model, by the characters of their questions."""
+    tokens = arguments.validation_tokens if "bits_per_byte" in arguments.tasks else 0
+    if "multiple_choice" in arguments.tasks:
+        for rows in questions(arguments).values():
+            tokens += sum(len(row["question"]) + sum(map(len, row["choices"])) for row in rows) // CHARACTERS_PER_TOKEN
+    if "core" in arguments.tasks:
+        for task in read_tasks(arguments.core_bundle, arguments.core_tasks):
+            lines = task.file.read_text(encoding="utf-8").splitlines()
+            used = lines[: arguments.core_examples]
+            tokens += sum(map(len, used)) * (1 + task.num_fewshot) // CHARACTERS_PER_TOKEN
+    return tokens
+
+
+def rows_to_sample(arguments: EvaluateArguments) -> int:
+    """How many completions the tasks that sample draw from a model, at most."""
+    each = {"problems": arguments.num_samples, "spelling": 1, "human_eval": 1}
+    return arguments.max_problems * sum(each.get(task, 0) for task in arguments.tasks)
 
 
 def measure(subject: Subject, name: str) -> tuple[Figures, list[Record]]:
@@ -189,12 +243,8 @@ def measure_bits_per_byte(subject: Subject) -> Outcome:
 def measure_multiple_choice(subject: Subject) -> Outcome:
     """Every source of questions by itself."""
     arguments = subject.arguments
-    sources: dict[str, list[Record]] = {}
-    for row in read_rows(f"{arguments.data}/eval/multiple_choice.jsonl"):
-        sources.setdefault(row["source"], []).append(row)
     outcome = Outcome({})
-    for source, rows in sorted(sources.items()):
-        rows = some(rows, arguments.max_questions, arguments.seed)
+    for source, rows in questions(arguments).items():
         own = subject.share(rows)
         predictions = predict_letters(subject.model, subject.tokenizer, own, arguments.batch_tokens)
         right = subject.collect([prediction == row["answer"] for prediction, row in zip(predictions, own)])
@@ -202,6 +252,14 @@ def measure_multiple_choice(subject: Subject) -> Outcome:
         outcome.accuracies[source] = outcome.figures[source]
         outcome.baselines[source] = guessing_accuracy(rows)
     return outcome
+
+
+def questions(arguments: EvaluateArguments) -> dict[str, list[Record]]:
+    """The chosen questions of every source of multiple choice."""
+    sources: dict[str, list[Record]] = {}
+    for row in read_rows(f"{arguments.data}/eval/multiple_choice.jsonl"):
+        sources.setdefault(row["source"], []).append(row)
+    return {source: some(rows, arguments.max_questions, arguments.seed) for source, rows in sorted(sources.items())}
 
 
 def measure_problems(subject: Subject) -> Outcome:
