@@ -19,8 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -40,7 +39,9 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
 from recipes.checkpoint import checkpoint_to_resume, save_checkpoint
 from recipes.stage import Stage
 from training import scaling
+from training.device_batch import rows_that_fit
 from training.documents import DocumentSource, open_documents
+from training.muon_trainer import choose_activation_dtype
 from training.packed_rows import PackedRows
 from training.pretrain_trainer import Evaluation, PretrainConfig, PretrainTrainer
 from training.row_loader import RowLoader
@@ -104,6 +105,10 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
     if stage.is_done():
         return
     logging.disable_progress_bar()  # of writing checkpoints, which would tear the one of training
+    if torch.cuda.device_count() > config.world_size:
+        stage.say(
+            f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
+        )
     checkpoint = checkpoint_to_resume(stage, config)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     source = open_documents(arguments.data, arguments.text_column)
@@ -122,8 +127,9 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
     )
     announce(stage, trainer, plan)
     trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.whole_model()
     if trainer.is_world_process_zero():
-        save_checkpoint(trainer.model, tokenizer, config.output_dir)
+        save_checkpoint(model, tokenizer, config.output_dir)
     stage.finish(results_of(trainer, plan), trainer.state.log_history, samples.taken)
 
 
@@ -182,51 +188,56 @@ def set_run(
 
     A run that is resumed keeps the number of steps it began with, whatever this machine would do in the same minutes.
     """
-    plan = scaling.plan_training(
-        network,
-        era=config.era,
+    make_plan = partial(
+        scaling.plan_training, network, era=config.era, tokens_per_parameter=arguments.tokens_per_parameter
+    )
+    plan = make_plan(
         batch_tokens=arguments.total_batch_tokens,
         max_steps=config.max_steps if config.max_steps > 0 else None,
         target_flops=arguments.target_flops,
-        tokens_per_parameter=arguments.tokens_per_parameter,
     )
     if not config.per_device_train_batch_size:
-        config.per_device_train_batch_size = rows_that_fit(network, config, plan.batch_tokens)
+        config.per_device_train_batch_size = choose_rows(network, config, plan.batch_tokens)
     config.gradient_accumulation_steps = scaling.accumulation_steps(
         plan.batch_tokens, config.per_device_train_batch_size, arguments.sequence_length, config.world_size
     )
+    steps = plan.steps
     if checkpoint is not None:
         steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).max_steps
-        plan = dataclasses.replace(plan, steps=steps)
     elif arguments.max_minutes is not None:
         budget = 60 * arguments.max_minutes * SHARE_FOR_TRAINING
         seconds = seconds_per_micro_batch(network, config, make_rows()) * config.gradient_accumulation_steps
-        plan = dataclasses.replace(plan, steps=max(1, min(plan.steps, int(budget / seconds))))
+        steps = max(1, min(steps, int(budget / seconds)))
+    plan = make_plan(batch_tokens=plan.batch_tokens, max_steps=steps)
     config.max_steps = plan.steps
     if config.weight_decay is None:
         config.weight_decay = plan.weight_decay
     return plan
 
 
-def rows_that_fit(network: NanoChatGPTConfig, config: PretrainConfig, batch_tokens: int) -> int:
-    """Rows of a micro-batch for this device: what its memory holds on a GPU, what its caches like on a CPU."""
-    if config.device.type == "cuda":
-        memory = int(scaling.USABLE_MEMORY * torch.cuda.get_device_properties(config.device).total_memory)
+def choose_rows(network: NanoChatGPTConfig, config: PretrainConfig, batch_tokens: int) -> int:
+    """Rows of a micro-batch: on a GPU as many as its memory holds, on a CPU no more than make it faster."""
+    length, device = network.max_position_embeddings, config.device
+    dtype = choose_activation_dtype(config.activation_dtype, device)
+    if device.type == "cuda":
+        memory = int(scaling.USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
     else:
         memory = psutil.virtual_memory().available // config.world_size
     rows = scaling.largest_device_batch(
         network,
         batch_tokens=batch_tokens,
-        sequence_length=network.max_position_embeddings,
+        sequence_length=length,
         world_size=config.world_size,
         memory_bytes=memory,
-        dtype=torch.bfloat16 if scaling.native_bfloat16(config.device) else torch.float32,
-        device_type=config.device.type,
+        dtype=dtype,
+        device_type=device.type,
     )
-    if config.device.type == "cpu":
-        while rows > 1 and rows * network.max_position_embeddings > scaling.CPU_MICRO_BATCH_TOKENS:
+    if device.type == "cpu":
+        while rows > 1 and rows * length > scaling.CPU_MICRO_BATCH_TOKENS:
             rows //= 2
-    return rows
+        return rows
+    memory = scaling.memory_per_device(network, rows, length, config.world_size, dtype)
+    return min(gather_object([rows_that_fit(network, rows, length, device, dtype, memory["optimizer state"])]))
 
 
 def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, rows: RowLoader) -> float:
@@ -284,12 +295,12 @@ class Samples:
         self.taken: list[dict[str, Any]] = []
 
     def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
-        if PartialState().is_main_process and self.prompts:
-            bos = special_token_ids(self.tokenizer)[BOS]
-            ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
-            completions = generate_batch(model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=0)
-            for prompt, (completion,) in zip(self.prompts, completions):
-                self.taken.append({"step": step, "prompt": prompt, "completion": self.tokenizer.decode(completion)})
+        bos = special_token_ids(self.tokenizer)[BOS]
+        ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
+        # On all ranks, which would wait anyway: sharded weights need them all.
+        completions = generate_batch(model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=0)
+        for prompt, (completion,) in zip(self.prompts, completions):
+            self.taken.append({"step": step, "prompt": prompt, "completion": self.tokenizer.decode(completion)})
         return {}
 
 

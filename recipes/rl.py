@@ -67,8 +67,9 @@ def main() -> None:
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()
+    whole = trainer.whole_model()
     if trainer.is_world_process_zero():
-        save_checkpoint(trainer.model, tokenizer, config.output_dir)
+        save_checkpoint(whole, tokenizer, config.output_dir)
     stage.say(comparison(before, after))
     results = {
         "steps": trainer.state.global_step,

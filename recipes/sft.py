@@ -60,8 +60,9 @@ def main() -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
+    whole = trainer.whole_model()
     if trainer.is_world_process_zero():
-        save_checkpoint(trainer.model, tokenizer, config.output_dir)
+        save_checkpoint(whole, tokenizer, config.output_dir)
     figures = trainer.packed["train"].figures()
     results = {
         "validation_loss": after,

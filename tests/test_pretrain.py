@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from training import scaling
-from training.pretrain_trainer import Evaluation, PretrainConfig, PretrainTrainer
+from training.pretrain_trainer import Evaluation, PretrainConfig, PretrainTrainer, store_tables_in_bfloat16
 from training.row_loader import RowLoader
 from training.upstream_checkpoint import UPSTREAM_NAMES, config_from_upstream, other_name, tensors_to_ours
 
@@ -135,6 +135,16 @@ def test_rates_decay_and_schedules_reach_the_groups(tmp_path):
 def test_settings_that_cannot_be(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **settings)
+
+
+def test_tables_in_bfloat16_learn(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    store_tables_in_bfloat16(trainer.model)
+    before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    trainer.train()
+    tables = [name for name, tensor in trainer.model.named_parameters() if tensor.dtype == torch.bfloat16]
+    assert tables == ["model.embed_tokens.weight", "model.value_embeddings.1.weight"]
+    assert all((trainer.model.get_parameter(name) != before[name]).any() for name in tables)
 
 
 @pytest.mark.slow

@@ -123,12 +123,12 @@ def test_scaling_laws_find_the_bottom_of_parabolas():
 def test_sweep_runs_plots_and_is_not_repeated(folder, tmp_path, monkeypatch, capsys):
     arguments, config = settings(folder, tmp_path / "sweep", max_steps=-1, save_strategy="no", sample_prompts=[])
     monkeypatch.setattr(scaling_laws.TrlParser, "parse_args_and_config", lambda self: (sweep, arguments, config))
-    sweep = scaling_laws.SweepArguments(flops=[5e9], depths=[1, 2])
+    sweep = scaling_laws.SweepArguments(flops=[2.5e9], depths=[1, 2])
     scaling_laws.main()
     results = read_stage(tmp_path / "sweep")["results"]
     assert [cell["depth"] for cell in results["cells"]] == [1, 2]
     assert (tmp_path / "sweep" / "scaling_laws.png").stat().st_size > 1000
-    sweep = scaling_laws.SweepArguments(flops=[5e9], depths=[1, 2, 3])
+    sweep = scaling_laws.SweepArguments(flops=[2.5e9], depths=[1, 2, 3])
     capsys.readouterr()
     scaling_laws.main()  # one cell more: the others are read
     assert capsys.readouterr().out.count("already done") == 2

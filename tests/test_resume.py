@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -80,7 +83,9 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         **settings,
     )
     assert config.world_size == ranks
-    torch.manual_seed(rank)  # rank 0's weights are everybody's
+    if config.fsdp:  # accelerate shards on accelerators only: let these processes pass for some
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
+    torch.manual_seed(0 if config.fsdp else rank)  # rank 0's weights become everybody's, but are sharded as they are
     model = NanoChatGPTForCausalLM(
         NanoChatGPTConfig.from_depth(2, vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=LENGTH)
     )
@@ -92,8 +97,9 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         else:
             die_at_call({"os": os, "torch": torch}[death[0]], death[1], death[2])
     trainer.train(resume_from_checkpoint=True)
+    whole = trainer.whole_model()
     if rank == 0:
-        publish_files(folder, model.save_pretrained)
+        publish_files(folder, whole.save_pretrained)
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
@@ -148,24 +154,49 @@ def test_killed_again_and_again(tmp_path):
     assert sorted(path.name for path in straight.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
 
 
-@pytest.mark.slow
-def test_two_ranks_and_another_number_of_ranks(tmp_path):
-    """Two ranks go on to the same bits. One rank goes on from their checkpoint with the same rows: float noise."""
-    straight, interrupted, fewer, more = (tmp_path / name for name in ("straight", "interrupted", "fewer", "more"))
-    assert run(straight, ranks=2, save_total_limit=5) == [0, 0]
-    for death in (("step", 5, 1), ("torch", "save", 5, 1), ("os", "rename", 1, 0)):
-        assert -signal.SIGKILL in run(interrupted, death, ranks=2)
-    assert run(interrupted, ranks=2) == [0, 0]
-    assert_same_run(straight, interrupted)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A run of two ranks that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("two") / "straight"
+    assert run(folder, ranks=2, save_total_limit=5) == [0, 0]
+    return folder
 
-    fewer.mkdir()
-    os.rename(straight / "checkpoint-3", fewer / "checkpoint-3")
+
+@pytest.mark.slow
+def test_two_ranks_killed(two_ranks, tmp_path):
+    for death in (("step", 5, 1), ("torch", "save", 5, 1), ("os", "rename", 1, 0)):
+        assert -signal.SIGKILL in run(tmp_path, death, ranks=2)
+    assert run(tmp_path, ranks=2) == [0, 0]
+    assert_same_run(two_ranks, tmp_path)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks(two_ranks, tmp_path):
+    """From two ranks to one, and from that one's checkpoint to two again: the same rows, so the same losses."""
+    fewer, more = tmp_path / "fewer", tmp_path / "more"
+    shutil.copytree(two_ranks / "checkpoint-3", fewer / "checkpoint-3")
     assert run(fewer, save_total_limit=5) == [0]
-    more.mkdir()
-    os.rename(fewer / "checkpoint-6", more / "checkpoint-6")
+    shutil.copytree(fewer / "checkpoint-6", more / "checkpoint-6")
     assert run(more, ranks=2) == [0, 0]
     for folder in (fewer, more):
-        assert losses(folder) == pytest.approx(losses(straight), rel=1e-4)
+        assert losses(folder) == pytest.approx(losses(two_ranks), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_unsharded_and_resumes(two_ranks, tmp_path):
+    wrapped = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["NanoChatGPTDecoderLayer"],
+    }
+    settings = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **wrapped}}
+    assert -signal.SIGKILL in run(tmp_path, ("step", 5, 1), ranks=2, **settings)
+    assert run(tmp_path, ranks=2, **settings) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(two_ranks), rel=1e-5)
+    expected = load_file(two_ranks / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():  # noise turns the sign of some decays
+        assert (tensor - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+    for folder in (tmp_path, tmp_path / "checkpoint-9"):  # the network's own code lies beside its weights
+        assert (folder / "modeling_nanochat_gpt.py").exists() and not (folder / "_fsdp_api.py").exists()
 
 
 def test_published_files_replace_whole_ones(tmp_path):

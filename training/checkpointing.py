@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
@@ -43,6 +44,30 @@ class WholeCheckpointsMixin:
             self._push_from_checkpoint(str(target))
         if is_main:
             remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def whole_model(self) -> PreTrainedModel:
+        """The network with all its weights, to be saved: the one in training, but under FSDP, where all ranks must
+        call this, the main process gets a gathered copy of the class that was sharded (the others one without values).
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        weights = self.accelerator.get_state_dict(self.model)
+        sharded = type(self.accelerator.unwrap_model(self.model))  # FSDP2 makes a class of it and of FSDPModule
+        original = next(base for base in sharded.__mro__[1:] if issubclass(base, PreTrainedModel))
+        with torch.device("meta"):
+            whole = original(self.model.config)
+        if self.is_world_process_zero():
+            whole.load_state_dict(weights, assign=True)
+        return whole
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        whole = self.whole_model()
+        if self.is_world_process_zero():
+            whole.save_pretrained(output_dir or self.args.output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:

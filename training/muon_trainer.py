@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainingArguments
 
 from training import scaling
@@ -103,7 +104,9 @@ class MuonTrainerMixin:
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.args.world_size > 1 and not self.is_fsdp_enabled:  # DDP would have done this
+        if self.is_fsdp_enabled:  # for evaluation, which does not go through `forward`
+            register_fsdp_forward_method(self.model, "token_losses")
+        elif self.args.world_size > 1:  # DDP would have done this
             for parameter in self.model.parameters():
                 dist.broadcast(parameter.data, src=0)
         return prepared

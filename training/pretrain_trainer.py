@@ -118,6 +118,13 @@ class StepSchedule(TrainerCallback):
         control.should_log |= control.should_save
 
 
+def store_tables_in_bfloat16(model: PreTrainedModel) -> None:
+    """Token and value embeddings in bfloat16, as upstream keeps them: a row is only looked up and cast, and the tables
+    are the larger half of the memory of weights, gradients and AdamW's moments."""
+    model.get_input_embeddings().to(torch.bfloat16)
+    model.model.value_embeddings.to(torch.bfloat16)
+
+
 class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
     """Trains a nanochat network on endless packed rows.
 
@@ -146,9 +153,12 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         self.flops_per_token = scaling.flops_per_token(model.config, rows.sequence_length)
         self.batch_tokens = rows.rows * rows.ranks * rows.sequence_length * args.gradient_accumulation_steps
         self._choose_compilation(args)
+        args._n_gpu = min(args.n_gpu, 1)  # one process drives one device: the Trainer would take all, by DataParallel
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         self.set_up_muon(args.activation_dtype)
         self.model_accepts_loss_kwargs = False  # the mean over a micro-batch is right: all rows are full
+        if args.device.type == "cuda" and self.activation_dtype == torch.bfloat16 and not self.is_fsdp_enabled:
+            store_tables_in_bfloat16(model)  # FSDP2 wants one dtype
         self.add_callback(StepSchedule(evaluations))
         peak = scaling.peak_flops_per_second(args.device, self.activation_dtype)
         self.peak_flops_per_second = peak * args.world_size
