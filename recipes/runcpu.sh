@@ -20,5 +20,5 @@ run recipes.sft --config $DEMO/sft.yaml --model "$OUT/base" --data "$OUT/data/sf
 run recipes.rl --config $DEMO/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
 .venv/bin/python -m recipes.evaluate --config $DEMO/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"
-.venv/bin/python -m recipes.report --config $DEMO/report.yaml --output_dir "$OUT"
+.venv/bin/python -m recipes.report --run "$OUT"
 .venv/bin/python -m recipes.chat --model "$OUT/rl"

@@ -24,4 +24,4 @@ run recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" --data "$OUT/data
 run recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
 run recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"
-.venv/bin/python -m recipes.report --output_dir "$OUT"
+.venv/bin/python -m recipes.report --run "$OUT"
