@@ -5,7 +5,7 @@
 
 The depth sets the shape, the shape sets the horizon (`training/scaling.py`); a wall-clock budget may cut it short. The
 same command goes on from the last complete checkpoint if it was killed, and does nothing if it had finished. Validation
-bits per byte and samples appear on the way. The output folder holds the model with its code, and the tokenizer.
+bits per byte, samples and CORE appear on the way. The output folder holds the model with its code, and the tokenizer.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from eval.bits_per_byte import evaluate_bits_per_byte
+from eval.core import CoreTask, evaluate_task, read_tasks, summarize_core
 from eval.generation import generate_batch
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.tokenization_nanochat_gpt import (
@@ -82,6 +83,11 @@ class PretrainArguments:
     )
     validate_every: int = field(default=250, metadata={"help": "Steps between validations; 0: only at the end."})
     validation_tokens: int = field(default=1_000_000, metadata={"help": "Tokens of validation data to measure on."})
+    core_bundle: str | None = field(
+        default=None, metadata={"help": "Folder of upstream's eval_bundle.zip, unpacked: CORE is measured with it."}
+    )
+    core_every: int = field(default=2000, metadata={"help": "Steps between measurements of CORE; 0: only at the end."})
+    core_examples: int = field(default=500, metadata={"help": "Examples of each of CORE's tasks, at most."})
     sample_every: int = field(default=0, metadata={"help": "Steps between samples of text; 0: only at the end."})
     sample_prompts: list[str] = field(
         default_factory=lambda: [
@@ -109,20 +115,24 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
         stage.say(
             f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
         )
+    tasks = core_tasks(arguments.core_bundle, config) if arguments.core_bundle else []
     checkpoint = checkpoint_to_resume(stage, config)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     source = open_documents(arguments.data, arguments.text_column)
     network = network_config(arguments, config.era, tokenizer)
     plan = set_run(arguments, config, network, checkpoint, partial(make_rows, arguments, config, source, tokenizer))
     samples = Samples(tokenizer, arguments.sample_prompts)
+    evaluations = [
+        Evaluation(Validation(arguments, config, source, tokenizer), arguments.validate_every),
+        Evaluation(samples, arguments.sample_every),
+    ]
+    if tasks:
+        evaluations.append(Evaluation(core_of(tokenizer, tasks, arguments.core_examples), arguments.core_every))
     trainer = PretrainTrainer(
         make_model(network, config),
         config,
         make_rows(arguments, config, source, tokenizer),
-        evaluations=[
-            Evaluation(Validation(arguments, config, source, tokenizer), arguments.validate_every),
-            Evaluation(samples, arguments.sample_every),
-        ],
+        evaluations=evaluations,
         processing_class=tokenizer,
     )
     announce(stage, trainer, plan)
@@ -304,10 +314,32 @@ class Samples:
         return {}
 
 
+def core_tasks(bundle: str, config: PretrainConfig) -> list[CoreTask]:
+    """The tasks of the bundle; `ValueError` if they are not there, or under FSDP, where no rank can answer alone."""
+    if config.fsdp:
+        raise ValueError(
+            f"core_bundle={bundle} under FSDP, whose ranks must all run the same batches; expected no core_bundle, and "
+            "`python -m recipes.evaluate --tasks core` on the finished model"
+        )
+    return read_tasks(bundle)
+
+
+def core_of(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[CoreTask], examples: int
+) -> Callable[[NanoChatGPTForCausalLM, int], dict[str, float]]:
+    """An evaluation that gives CORE: the mean over the tasks, and each by itself."""
+
+    def run(model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
+        return summarize_core([evaluate_task(model, tokenizer, task, max_examples=examples) for task in tasks])
+
+    return run
+
+
 def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str, Any]:
     """The figures of the run for its record."""
     log = trainer.state.log_history
     speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line][1:]
+    core = [line for line in log if any(name.startswith("core") for name in line)]
     results = {
         "validation_bits_per_byte": [line[BITS_PER_BYTE] for line in log if BITS_PER_BYTE in line][-1],
         "train_loss": [line["loss"] for line in log if "loss" in line][-1],
@@ -317,6 +349,7 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
         "tokens": plan.tokens,
         "flops": float(plan.flops),
     }
+    results |= {name: value for name, value in (core[-1] if core else {}).items() if name.startswith("core")}
     if speeds:
         results["tokens_per_second"] = statistics.median(speeds)
         results["mfu"] = results["tokens_per_second"] * plan.flops_per_token / trainer.peak_flops_per_second

@@ -1,5 +1,6 @@
 """The pretraining recipe from documents to a folder that loads: done once, resumed, bounded in time."""
 
+import json
 import random
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import scaling_laws
-from recipes.pretrain import PretrainArguments, pretrain
+from recipes.pretrain import PretrainArguments, core_tasks, pretrain
 from recipes.stage import read_stage
 from training.pretrain_trainer import PretrainConfig, PretrainTrainer
 from training.tokenizer_training import train_tokenizer
@@ -70,6 +71,28 @@ def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys
     monkeypatch.setattr(PretrainTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
     pretrain(*settings(folder, tmp_path))
     assert "already done" in capsys.readouterr().out
+
+
+def test_core_is_measured_on_the_way(folder, tmp_path):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    task = "label: next\n  dataset_uri: next.jsonl\n  num_fewshot: [1]\n  icl_task_type: language_modeling"
+    (bundle / "core.yaml").write_text(f"icl_tasks:\n- {task}\n")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nnext,0\n")
+    with pytest.raises(ValueError, match="next"):  # its data is missing: said before anything is trained
+        pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle)))
+    (bundle / "eval_data").mkdir()
+    rows = [
+        {"context": "the king says", "continuation": "the bridge"},
+        {"context": "a river", "continuation": "a castle"},
+    ]
+    (bundle / "eval_data" / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle), core_every=3))
+    record = read_stage(tmp_path / "base")
+    assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
+    assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0
+    with pytest.raises(ValueError, match="under FSDP"):
+        core_tasks(str(bundle), settings(folder, tmp_path, fsdp="full_shard")[1])
 
 
 def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monkeypatch):
