@@ -262,10 +262,10 @@ def test_all_ranks_hold_the_same_weights(reports):
 
 
 def test_state_per_rank_shrinks_as_the_ranks_grow(reports):
-    worlds = range(1, WORLD + 1)
-    shares = {world: [r["state_share"] for r in of(reports, "groups") if r["world"] == world] for world in worlds}
-    assert max(shares[1]) > max(shares[2]) > max(shares[4])  # above 1/N here: few matrices, and none is split
-    assert all(sum(shares[world]) < 1.01 * shares[1][0] for world in worlds)  # only tiny tensors are kept twice
+    for world in range(1, WORLD + 1):
+        shares = [report["state_share"] for report in of(reports, "groups") if report["world"] == world]
+        assert len(shares) == world and sum(shares) < 1.01  # only tiny tensors are kept twice
+        assert max(shares) < 1.25 / world, shares  # no matrix is split, and few stand for many here
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(reports):

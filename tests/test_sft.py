@@ -155,6 +155,15 @@ def test_one_batch_of_eight_is_eight_of_one(tmp_path):
     assert_same_run(tmp_path / "one", one, tmp_path / "eight", eight)
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
 def one_of_two_ranks(folder: Path, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

@@ -70,6 +70,8 @@ class MuonArguments:
     def __post_init__(self):
         super().__post_init__()
         refuse_autocast_and_clipping(self)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
 
 
 class MuonTrainerMixin:
