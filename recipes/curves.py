@@ -96,6 +96,7 @@ def draw_curves(record: dict[str, Any], file: Path) -> Path | None:
 def draw_panel(ax: plt.Axes, panel: Panel, log: Log) -> None:
     """One panel: every series as a line, its noise pale, its interval a band, its last value written at its end."""
     several = len(panel.series) > 1
+    ends = [values[-1] for key in panel.series if (values := points(log, key)[1])]
     for (key, name), color in zip(panel.series.items(), COLORS):
         steps, values = points(log, key)
         if not steps:
@@ -108,11 +109,13 @@ def draw_panel(ax: plt.Axes, panel: Panel, log: Log) -> None:
         if len(low) == len(high) == len(steps):
             ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
         line = running_mean(values) if smooth else values
-        ax.plot(steps, line, color=color, linewidth=1.8, label=name, marker="o" if few else None, markersize=3.5)
+        style = ":" if len(values) == 2 else "-"  # nobody knows what lies between before and after
+        ax.plot(steps, line, style, color=color, linewidth=1.8, label=name, marker="o" if few else None, markersize=3.5)
         last = line[-1]
         text = f"{last:,.3g}" if last < 1000 else f"{last:,.0f}"
+        place = "center" if not several else "bottom" if values[-1] == max(ends) else "top"  # so that none overlap
         ax.annotate(
-            text, (steps[-1], last), xytext=(4, 0), textcoords="offset points", color=color, va="center", fontsize=9,
+            text, (steps[-1], last), xytext=(4, 0), textcoords="offset points", color=color, va=place, fontsize=9,
             annotation_clip=False,
         )  # fmt: skip
     ax.set(title=panel.title, xlabel="step", ylabel=panel.unit)

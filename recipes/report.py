@@ -42,7 +42,7 @@ HEADLINES = {
     "pretrain": ("parameters", "tokens", "validation_bits_per_byte"),
     "sft": ("conversations", "validation_loss"),
     "rl": ("pass@1_before", "pass@1_after", "pass@8_before", "pass@8_after"),
-    "eval": (),
+    "eval": ("core", "bits_per_byte", "pass@1", "chat_core"),  # of the last model
 }
 
 
@@ -117,9 +117,12 @@ def title(record: Record) -> str:
 
 
 def headline(record: Record) -> str:
-    results = record["results"]
+    results, of = record["results"], ""
+    if record["name"] == "eval" and results:
+        name, results = list(results.items())[-1]
+        of = f"{name}: "
     names = [name for name in HEADLINES.get(record["name"], ()) if name in results]
-    return ", ".join(f"{label(name)} {number(results[name], name)}" for name in names)
+    return of + ", ".join(f"{label(name)} {number(results[name], name)}" for name in names)
 
 
 def cost(seconds: float, arguments: ReportArguments) -> str:
