@@ -34,6 +34,7 @@ from .decoder_layer import (
     marked_linear,
     rms_norm,
 )
+from .growing_cache import grow_in_place
 from .tool_use import CalculatorLogitsProcessor
 
 # Where a saved folder finds its code. Transformers alone would write no AutoModel entry for a network with a head.
@@ -209,6 +210,8 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             inputs_embeds = inputs_embeds.to(self.activation_dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            grow_in_place(past_key_values)
 
         masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
