@@ -33,6 +33,9 @@ class SweepArguments:
         default_factory=lambda: [8, 10, 12, 14, 16, 18, 20], metadata={"help": "Depths to try with each budget."}
     )
 
+    def __post_init__(self):
+        self.flops = [float(budget) for budget in self.flops]  # YAML reads 1.0e18, without a sign, as text
+
 
 @dataclass(frozen=True)
 class Cell:

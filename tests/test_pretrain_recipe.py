@@ -2,11 +2,13 @@
 
 import json
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
 from recipes import scaling_laws
 from recipes.pretrain import PretrainArguments, core_tasks, pretrain
@@ -141,6 +143,14 @@ def test_scaling_laws_find_the_bottom_of_parabolas():
     assert scaling_laws.power_law(optima, "tokens")[0] == pytest.approx(0.5, abs=1e-2)
     still_falling = [scaling_laws.Cell(1e12, 2, size, 1, loss) for size, loss in ((100, 2.0), (200, 1.9), (400, 1.85))]
     assert scaling_laws.best_of_budget(still_falling) is None
+
+
+def test_budgets_of_the_configs_are_numbers():
+    configs = Path(scaling_laws.__file__).parent / "configs"
+    for name in ("scaling_laws", "scaling_laws_toy"):
+        parser = TrlParser((scaling_laws.SweepArguments, PretrainArguments, PretrainConfig))
+        sweep, *_ = parser.parse_args_and_config(["--config", str(configs / f"{name}.yaml")])
+        assert all(isinstance(budget, float) for budget in sweep.flops) and len(sweep.flops) >= 3
 
 
 def test_sweep_runs_plots_and_is_not_repeated(folder, tmp_path, monkeypatch, capsys):
