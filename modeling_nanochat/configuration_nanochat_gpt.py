@@ -183,15 +183,17 @@ class NanoChatGPTConfig(PreTrainedConfig):
         *,
         vocab_size: int = 32768,
         head_dim: int = 128,
+        aspect_ratio: int = 64,
         max_position_embeddings: int = 2048,
         era: str = "seed",
         window_pattern: str | None = None,
         **overrides,
     ) -> "NanoChatGPTConfig":
-        """The network that one dial gives: `depth` layers, depth * 64 wide (up to a multiple of `head_dim`).
+        """The network that one dial gives: `depth` layers, depth * aspect_ratio wide (up to a multiple of `head_dim`).
 
         Args:
             depth: number of layers.
+            aspect_ratio: width of a layer's depth; upstream's is 64.
             era: a row of `ERAS`.
             window_pattern: letters S and L, tiled over the layers; the era's own if None.
             overrides: any field of the configuration.
@@ -207,7 +209,9 @@ class NanoChatGPTConfig(PreTrainedConfig):
         window = settings.pop("window")
         pattern = window_pattern or settings.pop("window_pattern")
         settings.pop("window_pattern", None)
-        heads = -(-depth * 64 // head_dim)
+        if aspect_ratio < 1:
+            raise ValueError(f"aspect_ratio is {aspect_ratio}, expected at least 1 (upstream's is 64)")
+        heads = -(-depth * aspect_ratio // head_dim)
         smear = overrides.get("smear_channels", settings.get("smear_channels", 0)) > 0
         layer_types = layer_types_from_pattern(pattern, depth, smear)
         if any("sliding" in kind for kind in layer_types):

@@ -65,6 +65,7 @@ class PretrainArguments:
     rerun: bool = field(default=False, metadata={"help": "Start over, even if the run has been finished or begun."})
     depth: int = field(default=12, metadata={"help": "Number of layers; sets the whole shape."})
     head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
+    aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
     sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
     window_pattern: str | None = field(
         default=None,
@@ -150,6 +151,7 @@ def network_config(arguments: PretrainArguments, era: str, tokenizer: PreTrained
         arguments.depth,
         vocab_size=len(tokenizer),
         head_dim=arguments.head_dim,
+        aspect_ratio=arguments.aspect_ratio,
         max_position_embeddings=arguments.sequence_length,
         era=era,
         window_pattern=arguments.window_pattern,

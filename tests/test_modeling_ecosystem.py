@@ -32,6 +32,7 @@ def test_the_dial():
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (768, 6, 3072)
     assert config == NanoChatGPTConfig()
     assert NanoChatGPTConfig.from_depth(5).hidden_size == 384  # 320, up to a multiple of 128
+    assert NanoChatGPTConfig.from_depth(5, head_dim=32, aspect_ratio=20).hidden_size == 128  # 100, up to a multiple
     assert [kind[0] for kind in NanoChatGPTConfig.from_depth(6).layer_types] == list("sssfsf")
     windows = {era: NanoChatGPTConfig.from_depth(12, era=era).sliding_window for era in ERAS}
     assert windows == {
@@ -50,6 +51,7 @@ def test_the_dial():
         (lambda: NanoChatGPTConfig.from_depth(4, window_pattern="SXL"), "'SXL', expected a string of the letters"),
         (lambda: NanoChatGPTConfig.from_depth(0), "depth is 0, expected at least 1"),
         (lambda: NanoChatGPTConfig.from_depth(4, head_dim=7), "head_dim is 7, expected an even number"),
+        (lambda: NanoChatGPTConfig.from_depth(4, aspect_ratio=0), "aspect_ratio is 0, expected at least 1"),
         (lambda: NanoChatGPTConfig(hidden_size=100), "hidden_size is 100, expected a multiple"),
         (lambda: NanoChatGPTConfig(num_key_value_heads=4), "num_key_value_heads is 4, expected a divisor"),
         (lambda: NanoChatGPTConfig(vocab_size=0), "vocab_size is 0, expected at least 1"),

@@ -1,14 +1,12 @@
 """Reinforcement learning: the samples, the mask, and the loss against obvious twins and GRPOTrainer itself."""
 
 import itertools
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
@@ -18,10 +16,6 @@ from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from training.reinforce_trainer import ReinforceConfig, ReinforceTrainer, rows_with_loss
 from training.rollouts import draw, sample_completions
 from training.tokenizer_training import train_tokenizer
-
-# Children of a server that has imported everything once: a fresh process each, without the seconds of importing.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.reinforce_trainer"])
 
 
 def problems(count: int) -> list[dict]:
@@ -295,27 +289,14 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def one_of_two_ranks(folder: Path, rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_and_save(folder: Path) -> None:
     weights = final_weights(folder / "ranks", per_device_train_batch_size=4)
-    assert torch.distributed.get_world_size() == 2
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         save_file(weights, folder / "weights.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_draw_the_same_samples_and_end_with_the_same_weights(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [PROCESSES.Process(target=one_of_two_ranks, args=(tmp_path, rank, port), daemon=True) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_two_ranks(train_and_save, tmp_path)
     assert_same_weights(load_file(tmp_path / "weights.safetensors"), final_weights(tmp_path / "alone"))
 
 

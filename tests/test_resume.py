@@ -1,11 +1,9 @@
 """A run killed at any moment, also while saving, goes on from its last complete checkpoint to the very same weights."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from ranks import PROCESSES, free_port, join_ranks
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -22,10 +21,6 @@ from training.pretrain_trainer import PretrainConfig, PretrainTrainer
 from training.row_loader import RowLoader
 
 STEPS, SAVE_EVERY, LENGTH, VOCABULARY = 9, 3, 16, 64
-
-# Children of a server that has imported everything once: a fresh process each, without the seconds of importing.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.pretrain_trainer"])
 
 
 class RandomWalk:
@@ -67,10 +62,7 @@ def die_at_call(owner: object, name: str, call: int) -> None:
 
 def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings: dict) -> None:
     """One rank of a run, from the latest checkpoint if there is one; killed as `death` says."""
-    torch.set_num_threads(1)
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_ranks(rank, ranks, port)
     config = PretrainConfig(
         output_dir=folder,
         max_steps=STEPS,
@@ -105,9 +97,7 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
 
 def run(folder: Path, death: tuple = (), ranks: int = 1, **settings) -> list[int]:
     """Exit codes of the ranks of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2} | settings
     children = [
         PROCESSES.Process(target=train, args=(str(folder), death, rank, ranks, port, settings), daemon=True)

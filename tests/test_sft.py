@@ -1,14 +1,12 @@
 """Fine-tuning: what is trained on, exact batches, the loss, and runs that do not depend on batch or ranks."""
 
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from ranks import run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -18,10 +16,6 @@ from training.sft_trainer import NanoChatSFTConfig, NanoChatSFTTrainer
 from training.tokenizer_training import train_tokenizer
 
 LENGTH = 64
-
-# Children of a server that has imported everything once: a fresh process each, without the seconds of importing.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.sft_trainer"])
 
 
 def conversations(count: int) -> list[list[dict]]:
@@ -164,28 +158,14 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def one_of_two_ranks(folder: Path, rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_and_save(folder: Path) -> None:
     weights = final_weights(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert torch.distributed.get_world_size() == 2
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         save_file(weights, folder / "weights.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_end_with_the_same_weights_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path / "two"
-    ranks = [PROCESSES.Process(target=one_of_two_ranks, args=(folder, rank, port), daemon=True) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_two_ranks(train_and_save, folder := tmp_path / "two")
     one = final_weights(tmp_path / "one", per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert_same_run(folder, load_file(folder / "weights.safetensors"), tmp_path / "one", one)
 
