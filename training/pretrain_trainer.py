@@ -30,9 +30,10 @@ from training.param_groups import BASE_RATES
 from training.row_loader import RowLoader
 from training.schedules import pretraining_schedules
 
-# A run this long pays for its compilation. On two CPU cores it took 95 s and then saved 10% of a float32 step at 50
-# GFLOP/s; on a GPU it takes about a minute. In FLOPs and not in seconds, so that a resumed run decides alike.
-COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+# A run this long pays for its compilation. On two CPU cores that took about a minute and then saved 7% of a float32
+# step (depth 3, rows of 256) to 32% (depth 4, rows of 512 with windows), at 30 to 45 GFLOP/s; on a GPU it takes about a
+# minute. In FLOPs and not in seconds, so that a resumed run decides alike.
+COMPILE_FROM_FLOPS = {"cpu": 3e13, "cuda": 1e16}
 
 
 @dataclass
