@@ -277,8 +277,8 @@ class Device:
     dollars_per_hour: float
 
 
-# FLOP/s and memory: the makers' data sheets, dense, for the part named. Rent: on-demand list prices of the large GPU
-# clouds (Lambda; RunPod for the consumer cards) at the beginning of 2026, for orientation: they change monthly.
+# FLOP/s and memory: the makers' data sheets, dense, for the part named. Rent: about what GPU clouds asked on demand
+# at the beginning of 2026, written down from memory and not looked up: for orientation only.
 # The key is looked for in the name that torch reports, in this order.
 DEVICES = {
     "B200": Device(2250e12, 180 * 10**9, 4.99),
