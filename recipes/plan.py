@@ -143,7 +143,8 @@ def main() -> None:
         raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(scaling.DEVICES)}")
     config, plan = plan_of(arguments)
     print(describe_plan(config, plan))
-    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation (rents for orientation, early 2026):")
+    rents = "rents for orientation, early 2026"
+    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({rents}):")
     for name in [arguments.device] if arguments.device else scaling.DEVICES:
         print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
 
