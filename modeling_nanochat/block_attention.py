@@ -74,7 +74,7 @@ def block_attention(
     grouped = _grouped(query, key) * scaling  # (N, G, T, D) with N = B * H_kv
     n, groups = grouped.shape[:2]
     keys, values = key.reshape(n, length, head_dim), value.reshape(n, length, head_dim)
-    output = torch.empty_like(grouped)
+    output = grouped.new_empty(grouped.shape)
     kept = query.new_empty(n * groups * _num_probabilities(length, window) if keep else 0)
     used = 0
     for first_key, start, end in _blocks(length, window):
@@ -118,8 +118,8 @@ def block_attention_backward(
     # The softmax's gradient subtracts sum_j p_ij dp_ij, which equals the output's dot product with its gradient.
     inner = _grouped((grad * output).sum(-1, keepdim=True).transpose(1, 2), key)  # (N, G, T, 1)
     grad = _grouped(grad.transpose(1, 2), key)
-    query_grad = torch.empty_like(grouped)
-    key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
+    query_grad = grouped.new_empty(grouped.shape)  # contiguous, as promised to the compiler; `_like` copies strides
+    key_grad, value_grad = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
     used = 0
     for first_key, start, end in _blocks(length, window):
         rows, row_grads, row_inner = (x[:, :, start:end].flatten(1, 2) for x in (grouped, grad, inner))

@@ -36,13 +36,22 @@ def test_blocks_equal_the_obvious_attention(length, window):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_blocks_are_well_formed_operators():
-    """Shapes without running, no aliasing, autograd as registered: what torch.compile and torch.export rely on."""
-    inputs = random_inputs(128, dtype=torch.float32)
-    torch.library.opcheck(block_attention, (*inputs, 0.3, 33, True))
-    inputs = [x.detach() for x in inputs]
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_blocks_are_well_formed_operators(batch, heads_first):
+    """Shapes and strides without running, no aliasing, autograd as registered: what torch.compile and export rely on.
+
+    In the network heads lie behind tokens, and a single row of them can be viewed where two must be copied.
+    """
+    inputs = [x.detach()[:batch] for x in random_inputs(128, dtype=torch.float32)]
+    if not heads_first:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    torch.library.opcheck(block_attention, (*(x.clone().requires_grad_() for x in inputs), 0.3, 33, True))
     output, kept = block_attention(*inputs, 0.3, 33, True)
-    torch.library.opcheck(block_attention_backward, (torch.randn_like(output), *inputs, output, kept, 0.3, 33))
+    assert output.is_contiguous()
+    arguments = (torch.randn_like(output), *inputs, output, kept, 0.3, 33)
+    torch.library.opcheck(block_attention_backward, arguments)
+    assert all(grad.is_contiguous() for grad in block_attention_backward(*arguments))
 
 
 def tiny_model(era, attn_implementation):
