@@ -27,6 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from eval.generation import pad_left
+
 KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # upstream's
 # DCLM's later table: the share of commonsense_qa's commonest answer, and one in four for two tasks of four choices.
@@ -265,7 +267,7 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     cache, mask = None, torch.ones((int(counts.sum()), 0), dtype=torch.long, device=device)
     if questions[0].shared:
         prefixes = [question.sequences[0][: question.shared] for question in questions]
-        ids, mask = padded(prefixes, pad_token_id, device, left=True)  # (Q, P)
+        ids, mask = (x.to(device) for x in pad_left(prefixes, pad_token_id))  # (Q, P)
         cache = DynamicCache(config=model.config)
         places = positions(mask, ids.shape[1])
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
@@ -276,7 +278,7 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     spans = [
         (start - question.shared, end - question.shared) for question in questions for start, end in question.spans
     ]
-    ids, own_mask = padded(rest, pad_token_id, device, left=False)  # (R, T)
+    ids, own_mask = (x.to(device) for x in pad_right(rest, pad_token_id))  # (R, T)
     mask = torch.cat([mask, own_mask], dim=1)  # (R, P + T)
     output = model.base_model(
         input_ids=ids,
@@ -294,17 +296,10 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     return answers
 
 
-def padded(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (rows, longest) int64, padded on one side."""
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        padding = [pad_token_id] * (width - len(row)), [0] * (width - len(row))
-        ids.append([*padding[0], *row] if left else [*row, *padding[0]])
-        mask.append(padding[1] + [1] * len(row) if left else [1] * len(row) + padding[1])
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (rows, longest) int64."""
+    ids, mask = pad_left([row[::-1] for row in rows], pad_token_id)
+    return ids.flip(1), mask.flip(1)
 
 
 def positions(mask: torch.Tensor, length: int) -> torch.Tensor:

@@ -90,8 +90,9 @@ def must_copy(states: torch.Tensor) -> bool:
 
 
 def grow_in_place(cache: Cache) -> None:
-    """Turn a cache's dynamic layers into growing ones; others stay as they are, and so do all of an offloaded cache."""
-    if cache.offloading:
+    """Turn a cache's dynamic layers into growing ones; others stay as they are, and so do all of an offloaded cache
+    and, while code is compiled, of any."""
+    if torch.compiler.is_compiling() or cache.offloading:
         return
     for i, layer in enumerate(cache.layers):
         if type(layer) in GROWING:

@@ -210,7 +210,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             inputs_embeds = inputs_embeds.to(self.activation_dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and not torch.compiler.is_compiling():
+        if past_key_values is not None:
             grow_in_place(past_key_values)
 
         masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)

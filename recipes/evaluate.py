@@ -111,11 +111,13 @@ def main() -> None:
         return
     logging.disable_progress_bar()  # of reading weights, which would tear this one's
     names = column_names(arguments.models)
-    announce(stage, names, arguments)
     results: dict[str, Figures] = {}
     samples: list[Record] = []
     for name, path in zip(names, arguments.models):
-        results[name], shown = measure(Subject(*load_for_inference(path), arguments), name)
+        subject = Subject(*load_for_inference(path), arguments)
+        if not results:
+            announce(stage, names, subject)
+        results[name], shown = measure(subject, name)
         samples += [{"model": name, **record} for record in shown]
     stage.say("\n" + text_table(results))
     stage.finish(results, samples=samples)
@@ -139,9 +141,9 @@ def column_names(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(models)
 
 
-def announce(stage: Stage, names: Sequence[str], arguments: EvaluateArguments) -> None:
+def announce(stage: Stage, names: Sequence[str], first: Subject) -> None:
     """What is read, and sampled at most; the time rests on a trial batch sampled from the first model."""
-    model, tokenizer = load_for_inference(arguments.models[0])
+    model, tokenizer, arguments = first.model, first.tokenizer, first.arguments
     read = tokens_to_read(arguments)
     rows = rows_to_sample(arguments)
     trial = [[special_token_ids(tokenizer)[BOS]]] * min(rows, arguments.batch_rows)
@@ -150,10 +152,9 @@ def announce(stage: Stage, names: Sequence[str], arguments: EvaluateArguments) -
         generate_batch(model, tokenizer, trial, max_new_tokens=TRIAL_TOKENS, batch_rows=len(trial))
     seconds_per_token = (time.perf_counter() - start) / TRIAL_TOKENS
     forward_flops = scaling.flops_per_token(model.config) / 3  # a third of a training step's
-    rate = scaling.peak_flops_per_second(model.device, model.dtype) * scaling.EXPECTED_UTILISATION[model.device.type]
-    batches = -(-rows // arguments.batch_rows)
-    seconds = read * forward_flops / rate + batches * arguments.max_new_tokens * seconds_per_token
     processes = PartialState().num_processes
+    reading = scaling.expected_seconds(read * forward_flops, model.device, model.dtype, processes)
+    sampling = -(-rows // arguments.batch_rows) * arguments.max_new_tokens * seconds_per_token / processes
     stage.announce(
         models=", ".join(names),
         parameters=scaling.count_parameters(model.config).total,
@@ -162,7 +163,7 @@ def announce(stage: Stage, names: Sequence[str], arguments: EvaluateArguments) -
         tokens_sampled_at_most=len(names) * rows * arguments.max_new_tokens,
         flops=len(names) * (read + rows * arguments.max_new_tokens) * forward_flops,
         processes=processes,
-        seconds=len(names) * seconds / processes,
+        seconds=len(names) * (reading + sampling),
     )
 
 

@@ -341,7 +341,7 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
     """The figures of the run for its record."""
     log = trainer.state.log_history
     speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line][1:]
-    core = [line for line in log if any(name.startswith("core") for name in line)]
+    core = {name: value for line in log for name, value in line.items() if name.startswith("core")}  # the last ones
     results = {
         "validation_bits_per_byte": [line[BITS_PER_BYTE] for line in log if BITS_PER_BYTE in line][-1],
         "train_loss": [line["loss"] for line in log if "loss" in line][-1],
@@ -351,7 +351,7 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
         "tokens": plan.tokens,
         "flops": float(plan.flops),
     }
-    results |= {name: value for name, value in (core[-1] if core else {}).items() if name.startswith("core")}
+    results |= core
     if speeds:
         results["tokens_per_second"] = statistics.median(speeds)
         results["mfu"] = results["tokens_per_second"] * plan.flops_per_token / trainer.peak_flops_per_second

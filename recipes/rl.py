@@ -113,7 +113,7 @@ def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
     evaluations = 2 + (steps // int(config.eval_steps) if config.eval_strategy == "steps" else 0)
     drawn = samples + evaluations * len(trainer.eval_dataset) * config.num_generations_eval
     flops = samples * tokens_per_sample * scaling.flops_per_token(network, int(tokens_per_sample))
-    rate = scaling.peak_flops_per_second(config.device, trainer.activation_dtype) * config.world_size
+    learning = scaling.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size)
     stage.announce(
         parameters=scaling.count_parameters(network).total,
         steps=steps,
@@ -122,7 +122,7 @@ def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
         tokens=int(samples * tokens_per_sample),
         flops=flops,
         activations=str(trainer.activation_dtype).removeprefix("torch."),
-        seconds=drawn * seconds_per_sample + flops / (rate * scaling.EXPECTED_UTILISATION[config.device.type]),
+        seconds=drawn * seconds_per_sample + learning,
     )
 
 

@@ -98,7 +98,6 @@ def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
     steps = trainer.planned_steps
     tokens = steps * trainer.batch_tokens
     flops = tokens * trainer.flops_per_token
-    rate = scaling.peak_flops_per_second(config.device, trainer.activation_dtype) * config.world_size
     stage.announce(
         parameters=scaling.count_parameters(trainer.model.config).total,
         conversations=figures["conversations"],
@@ -108,7 +107,7 @@ def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
         f"{config.gradient_accumulation_steps} x {config.world_size} device(s)",
         flops=flops,
         activations=str(trainer.activation_dtype).removeprefix("torch."),
-        seconds=flops / (rate * scaling.EXPECTED_UTILISATION[config.device.type]),
+        seconds=scaling.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size),
     )
     stage.say(
         f"{figures['trained_share']:.0%} of the tokens carry loss, rows are {figures['utilisation']:.1%} full, "

@@ -30,33 +30,20 @@ def rows_that_fit(
     Raises:
         ValueError: not even one row fits.
     """
-    while not fits(config, rows, sequence_length, device, dtype, reserved_bytes):
-        if rows == 1:
-            raise ValueError(
-                f"{device} ran out of memory with a single row of {sequence_length} tokens of this network; expected a "
-                "smaller depth, a shorter sequence_length, more devices, or nothing else running there"
-            )
-        rows //= 2
-    return rows
-
-
-def fits(
-    config: NanoChatGPTConfig,
-    rows: int,
-    sequence_length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    reserved_bytes: int,
-) -> bool:
-    """Whether one forward and backward pass runs within the device's memory."""
-    try:
-        run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes)
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:  # the step's tensors are gone with its frame; give their memory back
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    while True:
+        try:
+            run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes)
+            return rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise ValueError(
+                    f"{device} ran out of memory with a single row of {sequence_length} tokens of this network; "
+                    "expected a smaller depth, a shorter sequence_length, more devices, or nothing else running there"
+                ) from None
+            rows //= 2
+        finally:  # the step's tensors are gone with its frame; give their memory back
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def run_one_step(

@@ -343,6 +343,12 @@ def peak_flops_per_second(device: torch.device | str, dtype: torch.dtype) -> flo
     return matmul_flops_per_second(device, dtype)
 
 
+def expected_seconds(flops: float, device: torch.device | str, dtype: torch.dtype, world_size: int) -> float:
+    """About how long the work takes on so many devices like this one, at the utilisation that training reaches."""
+    device = torch.device(device)
+    return flops / (peak_flops_per_second(device, dtype) * world_size * EXPECTED_UTILISATION[device.type])
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has finished; nothing to wait for on a CPU."""
     if device.type == "cuda":
