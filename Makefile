@@ -23,14 +23,14 @@ install: .venv/.installed ## set up .venv with the tested versions
 	touch $@
 
 demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in out/demo
-	$(BIN)/python -m recipes.prepare_data --config $(DEMO)/data.yaml
-	$(BIN)/python -m recipes.train_tokenizer --config $(DEMO)/tokenizer.yaml
-	$(LAUNCH) recipes.pretrain --config $(DEMO)/pretrain.yaml
-	$(LAUNCH) recipes.sft --config $(DEMO)/sft.yaml
-	$(LAUNCH) recipes.rl --config $(DEMO)/rl.yaml
-	$(BIN)/python -m recipes.evaluate --config $(DEMO)/evaluate.yaml
-	$(BIN)/python -m recipes.chat --model out/demo/rl --temperature 0 --prompt 'What is 12 + 30?'
-	$(BIN)/python -m recipes.report --config $(DEMO)/report.yaml
+	$(BIN)/nanochat prepare_data --config $(DEMO)/data.yaml
+	$(BIN)/nanochat train_tokenizer --config $(DEMO)/tokenizer.yaml
+	$(LAUNCH) modeling_nanochat.recipes.pretrain --config $(DEMO)/pretrain.yaml
+	$(LAUNCH) modeling_nanochat.recipes.sft --config $(DEMO)/sft.yaml
+	$(LAUNCH) modeling_nanochat.recipes.rl --config $(DEMO)/rl.yaml
+	$(BIN)/nanochat evaluate --config $(DEMO)/evaluate.yaml
+	$(BIN)/nanochat chat --model out/demo/rl --temperature 0 --prompt 'What is 12 + 30?'
+	$(BIN)/nanochat report --config $(DEMO)/report.yaml
 
 test: .venv/.installed ## every test, on two workers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15

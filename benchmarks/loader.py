@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text
-from training.documents import DocumentSource, open_documents, stream_documents
-from training.packed_rows import PackedRows
-from training.packing import BUFFER_SIZE, pack_with_cropping
-from training.row_loader import RowLoader
-from training.tokenizer_training import BulkEncoder
+from modeling_nanochat.training.data.documents import DocumentSource, open_documents, stream_documents
+from modeling_nanochat.training.data.packed_rows import PackedRows
+from modeling_nanochat.training.data.packing import BUFFER_SIZE, pack_with_cropping
+from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.tokenizer import BulkEncoder
 
 CONTEXT, ROWS, DEPTH = 512, 8, 4
 ROUNDS = 3  # interleaved, because the machine may be busy; the best of each counts

@@ -20,10 +20,10 @@ from torch import Tensor
 from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from training import scaling
-from training.muon_adamw import MuonAdamW
-from training.optimizer_updates import POLAR_EXPRESS_COEFFICIENTS
-from training.param_groups import build_param_groups
+from modeling_nanochat.training import scaling
+from modeling_nanochat.training.optimizer.groups import build_param_groups
+from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
+from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIENTS
 
 HEAD_DIM = 64
 SEED = 0

@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from training.rollouts import sample_completions
+from modeling_nanochat.training.trainers.rollouts import sample_completions
 
 PROMPT_LENGTHS, MAX_NEW_TOKENS, MEAN_LENGTH = range(24, 48), 64, 20
 STOP, PAD = 1, 0

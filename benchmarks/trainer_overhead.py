@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from training.muon_adamw import MuonAdamW
-from training.param_groups import build_param_groups
-from training.pretrain_trainer import PretrainConfig, PretrainTrainer
-from training.row_loader import RowLoader
-from training.schedules import GroupScheduler, pretraining_schedules
+from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.optimizer.groups import build_param_groups
+from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
+from modeling_nanochat.training.optimizer.schedules import GroupScheduler, pretraining_schedules
+from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 VOCABULARY, HEAD_DIM = 4096, 64
 

@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from benchmarks.plain_nanochat import PlainNanoChat
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from training import scaling
+from modeling_nanochat.training import scaling
 
 HEAD_DIM = 64
 SEED = 0

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from eval.generation import pad_left
+from modeling_nanochat.eval.sampling import pad_left
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # upstream's

@@ -1,11 +1,12 @@
 """Our models in lm-evaluation-harness, for the hundreds of tasks it has.
 
-    python -m eval.lm_eval_model --model nanochat --model_args pretrained=out/demo/sft --tasks arc_easy,gsm8k
+    python -m modeling_nanochat.eval.lm_eval_model --model nanochat --model_args pretrained=out/demo/sft \\
+        --tasks arc_easy,gsm8k
 
 The arguments are lm-eval's own (`lm_eval --help`). A checkpoint also works there as it is, with `--model hf`; this
 class differs in three things: BOS in front of every text without being asked for; text likelihoods that see BOS once
 (with `hf` it comes twice, which shifts bits per byte by more than many an improvement); and the calculator at hand
-while it generates. CORE is not among its tasks: `eval.core` is the one that agrees with upstream.
+while it generates. CORE is not among its tasks: `eval/core.py` is the one that agrees with upstream.
 """
 
 from typing import Any

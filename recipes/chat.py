@@ -1,7 +1,7 @@
 """Talk to a model in the terminal.
 
-    python -m recipes.chat --model out/demo/rl
-    python -m recipes.chat --model out/demo/rl --prompt "What is 12 + 30?"
+    nanochat chat --model out/demo/rl
+    nanochat chat --model out/demo/rl --prompt "What is 12 + 30?"
 
 Answers appear while they are made; a use of the calculator is shown as `[12 + 30 = 42]`. The conversation is
 remembered until `/reset`; when it outgrows the model's context, its oldest turns are forgotten. What you type is always
@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from eval.generation import generation_config, until_stop
+from modeling_nanochat.eval.sampling import generation_config, until_stop
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.tokenization_nanochat_gpt import (
     OUTPUT_END,
     OUTPUT_START,
@@ -29,7 +31,6 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     special_token_ids,
 )
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
-from recipes.checkpoint import load_for_inference
 
 HELP = """/reset  forget the conversation and begin a new one
 /help   show this list
@@ -57,7 +58,7 @@ class ChatArguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(ChatArguments).parse_args_into_dataclasses()
+    (arguments,) = parse(ChatArguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     chat = Chat(*load_for_inference(arguments.model), arguments)
@@ -214,4 +215,4 @@ def readable(parts: list[dict[str, str]], finished: bool) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,8 @@
 """Checkpoints from elsewhere as a folder that Transformers loads, and back.
 
-    python -m recipes.convert --from_upstream base_checkpoints/d20 --output d20-hf
-    python -m recipes.convert --from_native nanochat-d32-hf --output d32-hf
-    python -m recipes.convert --to_upstream d20-hf --output base_checkpoints/d20-again
+    nanochat convert --from_upstream base_checkpoints/d20 --output d20-hf
+    nanochat convert --from_native nanochat-d32-hf --output d32-hf
+    nanochat convert --to_upstream d20-hf --output base_checkpoints/d20-again
 
 Upstream is karpathy/nanochat, native is Transformers' own `nanochat` class (launch era only). The era of an upstream
 checkpoint is recognised from its tensors and printed; a softcap of 20 (2026-03-02 to 09) leaves no trace there and has
@@ -28,12 +28,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import NanoChatConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, token_bytes
-from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
-from training.tokenizer_training import tokenizer_from_ranks
-from training.upstream_checkpoint import (
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.conversion.upstream_tensors import (
     NATIVE_NAMES,
     UPSTREAM_NAMES,
     Tensors,
@@ -45,7 +43,13 @@ from training.upstream_checkpoint import (
     upstream_era,
     upstream_model_config,
 )
-from training.upstream_tokenizer import read_upstream_tokenizer, upstream_encoding, write_upstream_tokenizer
+from modeling_nanochat.recipes.conversion.upstream_tokenizer import (
+    read_upstream_tokenizer,
+    upstream_encoding,
+    write_upstream_tokenizer,
+)
+from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 
 ORIGIN = "upstream"  # folder, inside a converted one, of what only the way back needs
 PADDING = "padding.safetensors"
@@ -372,7 +376,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    (arguments,) = TrlParser((ConvertArguments,)).parse_args_and_config()
+    (arguments,) = parse(ConvertArguments)
     sources = {name: getattr(arguments, name) for name in ("from_upstream", "from_native", "to_upstream")}
     given = {name: folder for name, folder in sources.items() if folder is not None}
     if len(given) != 1:
@@ -394,4 +398,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

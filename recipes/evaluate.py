@@ -1,7 +1,7 @@
 """Measures finished models side by side and prints a table.
 
-    python -m recipes.evaluate --config recipes/configs/demo/evaluate.yaml
-    torchrun --nproc_per_node 8 -m recipes.evaluate --models out/d20/sft --tasks core multiple_choice problems
+    nanochat evaluate --config recipes/configs/demo/evaluate.yaml
+    torchrun --nproc_per_node 8 -m modeling_nanochat.recipes.evaluate --models out/d20/sft --tasks core problems
 
 Tasks: `bits_per_byte` on the validation shard; `multiple_choice` by letters, each source by itself; `problems` with
 pass@k on RL's held-out problems; `spelling` (how many r are in strawberry); `human_eval`, programs run in a sandbox;
@@ -25,22 +25,22 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl import TrlParser
 
-from eval.bits_per_byte import evaluate_bits_per_byte
-from eval.chat_core import chat_core, guessing_accuracy, predict_letters
-from eval.code_sandbox import run_program
-from eval.core import evaluate_task, read_tasks, summarize_core
-from eval.generation import generate_batch
-from eval.pass_at_k import mean_with_interval, sample_and_judge, summarize_passes
-from eval.tasks import gsm8k, humaneval, spelling
+from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
+from modeling_nanochat.eval.core import evaluate_task, read_tasks, summarize_core
+from modeling_nanochat.eval.intervals import mean_with_interval, sample_and_judge, summarize_passes
+from modeling_nanochat.eval.multiple_choice import chat_core, guessing_accuracy, predict_letters
+from modeling_nanochat.eval.sampling import generate_batch
+from modeling_nanochat.eval.sandbox.outside import run_program
+from modeling_nanochat.eval.tasks import gsm8k, humaneval, spelling
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.folder import load_for_inference
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.recipes.stages.tables import text_table
 from modeling_nanochat.tokenization_nanochat_gpt import BOS, special_token_ids, token_bytes
-from recipes.checkpoint import load_for_inference
-from recipes.stage import Stage
-from recipes.tables import text_table
-from training import scaling
-from training.documents import open_documents, stream_documents
-from training.packed_rows import PackedRows
+from modeling_nanochat.training import scaling
+from modeling_nanochat.training.data.documents import open_documents, stream_documents
+from modeling_nanochat.training.data.packed_rows import PackedRows
 
 Figures = dict[str, float]
 Record = dict[str, Any]
@@ -63,7 +63,7 @@ class EvaluateArguments:
         default_factory=lambda: ["bits_per_byte", "multiple_choice", "problems"],
         metadata={"help": "bits_per_byte, multiple_choice, problems, spelling, human_eval, core."},
     )
-    data: str = field(default="out/demo/data", metadata={"help": "Folder that recipes.prepare_data has written."})
+    data: str = field(default="out/demo/data", metadata={"help": "Folder that `nanochat prepare_data` has written."})
     output_dir: str = field(default="out/demo/eval", metadata={"help": "Folder of the record."})
     rerun: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
     validation_tokens: int = field(default=200_000, metadata={"help": "Tokens that bits per byte is measured on."})
@@ -104,7 +104,7 @@ class Subject:
 
 
 def main() -> None:
-    (arguments,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    (arguments,) = parse(EvaluateArguments)
     check(arguments)
     stage = Stage("eval", arguments.output_dir, [arguments], [*arguments.models, arguments.data], arguments.rerun)
     if stage.is_done():
@@ -358,7 +358,7 @@ TASKS: dict[str, Callable[[Subject], Outcome]] = {
 def read_rows(file: str) -> list[Record]:
     """Rows of a JSON lines file; `ValueError` if it is missing or empty."""
     if not Path(file).is_file():
-        raise ValueError(f"{file} does not exist; expected the data of recipes.prepare_data (--data FOLDER)")
+        raise ValueError(f"{file} does not exist; expected the data of `nanochat prepare_data` (--data FOLDER)")
     with open(file, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     if not rows:
@@ -372,4 +372,4 @@ def some(rows: list[Record], count: int, seed: int) -> list[Record]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,7 @@
 """What a pretraining run of some depth will be: parameters, tokens, FLOPs, memory, time and cost, before paying for it.
 
-    python -m recipes.plan --depth 20 --gpus 8 --device H100
-    python -m recipes.plan --table 4 8 12 16 20 24 26 32
+    nanochat plan --depth 20 --gpus 8 --device H100
+    nanochat plan --table 4 8 12 16 20 24 26 32
 
 Nothing is built and no device is needed: everything follows by formula from the depth (`training/scaling.py`). Time and
 cost rest on an assumed utilisation, memory on counts of what a compiled step keeps: good to about a quarter, enough to
@@ -11,11 +11,11 @@ choose a depth, a device and a batch.
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig
-from recipes.stage import readable_time
-from training import scaling
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.record import readable_time
+from modeling_nanochat.training import scaling
 
 
 @dataclass
@@ -135,7 +135,7 @@ def table_of_depths(arguments: PlanArguments) -> str:
 
 
 def main() -> None:
-    (arguments,) = TrlParser((PlanArguments,)).parse_args_and_config()
+    (arguments,) = parse(PlanArguments)
     if arguments.table:
         print(table_of_depths(arguments))
         return
@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

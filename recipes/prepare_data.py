@@ -1,8 +1,8 @@
 """Writes the data of a run: parquet shards, conversations, problems and evaluation rows, with a manifest and a notice.
 
-    python -m recipes.prepare_data --config recipes/configs/demo/data.yaml
+    nanochat prepare_data --config recipes/configs/demo/data.yaml
 
-What goes in is a list of parts for each use (`recipes.data_parts.Part`). The default is embedded: it needs a package
+What goes in is a list of parts for each use (`recipes/data/parts.py`). The default is embedded: it needs a package
 index and nothing else. Everything is written into a temporary folder and moved into place at the end, so an interrupted
 run leaves nothing half-written; the price is twice the disk space for a moment.
 
@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, hf_hub_download
 from tqdm import tqdm
-from trl import TrlParser
 
-from recipes import embedded_data
-from recipes.data_parts import Part, conversation, first_question, load_part, read_parts
-from recipes.stage import Stage, write_json
-from recipes.wheels import DEFAULT_CACHE, WHEELS, DataWheel, fetch_wheels
-from training.documents import load_streaming
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.data import embedded as embedded_data
+from modeling_nanochat.recipes.data.parts import Part, conversation, first_question, load_part, read_parts
+from modeling_nanochat.recipes.data.wheels import DEFAULT_CACHE, WHEELS, DataWheel, fetch_wheels
+from modeling_nanochat.recipes.stages.record import Stage, write_json
+from modeling_nanochat.training.data.documents import load_streaming
 
 EMBEDDED = "embedded"
 USES = ("sft", "rl", "rl_validation", "multiple_choice")  # fields of DataArguments that list parts
@@ -76,7 +76,7 @@ class DataArguments:
 
 
 def main() -> None:
-    (arguments,) = TrlParser(DataArguments).parse_args_and_config()
+    (arguments,) = parse(DataArguments)
     prepare(arguments)
 
 
@@ -283,4 +283,4 @@ def move_into_place(partial: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Pretrains a network of a chosen depth on packed documents, from scratch or from where it was interrupted.
 
-    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m recipes.pretrain \\
+    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m modeling_nanochat.recipes.pretrain \\
         --config recipes/configs/demo/pretrain.yaml
 
 The depth sets the shape, the shape sets the horizon (`training/scaling.py`); a wall-clock budget may cut it short. The
@@ -24,12 +24,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
-from trl import TrlParser
 
-from eval.bits_per_byte import evaluate_bits_per_byte
-from eval.core import CoreTask, evaluate_task, read_tasks, summarize_core
-from eval.generation import generate_batch
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
+from modeling_nanochat.eval.core import CoreTask, evaluate_task, read_tasks, summarize_core
+from modeling_nanochat.eval.sampling import generate_batch
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
+from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import (
     ASSISTANT_END,
     BOS,
@@ -37,15 +39,13 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     special_token_ids,
     token_bytes,
 )
-from recipes.checkpoint import checkpoint_to_resume, save_checkpoint
-from recipes.stage import Stage
-from training import scaling
-from training.device_batch import rows_that_fit
-from training.documents import DocumentSource, open_documents
-from training.muon_trainer import choose_activation_dtype
-from training.packed_rows import PackedRows
-from training.pretrain_trainer import Evaluation, PretrainConfig, PretrainTrainer
-from training.row_loader import RowLoader
+from modeling_nanochat.training import scaling
+from modeling_nanochat.training.data.documents import DocumentSource, open_documents
+from modeling_nanochat.training.data.packed_rows import PackedRows
+from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.memory import rows_that_fit
+from modeling_nanochat.training.trainers.muon_trainer import choose_activation_dtype
+from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
 
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
 SHARE_FOR_TRAINING = 0.95  # of a wall-clock budget; the rest is for evaluation and checkpoints
@@ -101,7 +101,7 @@ class PretrainArguments:
 
 
 def main() -> None:
-    arguments, config = TrlParser((PretrainArguments, PretrainConfig)).parse_args_and_config()
+    arguments, config = parse(PretrainArguments, PretrainConfig)
     pretrain(arguments, config)
 
 
@@ -321,7 +321,7 @@ def core_tasks(bundle: str, config: PretrainConfig) -> list[CoreTask]:
     if config.fsdp:
         raise ValueError(
             f"core_bundle={bundle} under FSDP, whose ranks must all run the same batches; expected no core_bundle, and "
-            "`python -m recipes.evaluate --tasks core` on the finished model"
+            "`nanochat evaluate --tasks core` on the finished model"
         )
     return read_tasks(bundle)
 
@@ -387,4 +387,4 @@ def announce(stage: Stage, trainer: PretrainTrainer, plan: scaling.TrainingPlan)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

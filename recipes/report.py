@@ -1,7 +1,7 @@
 """Writes the report of a run: what each stage did, its curves, samples, the machine, time and cost.
 
-    python -m recipes.report --config recipes/configs/demo/report.yaml
-    python -m recipes.report --run out/d20 --price_per_hour 24
+    nanochat report --config recipes/configs/demo/report.yaml
+    nanochat report --run out/d20 --price_per_hour 24
 
 It reads the `stage.json` of every stage's folder and nothing else, so it can be made at any time, of unfinished runs
 too. The report is one Markdown file with its pictures in a folder beside it. Cost is time times a price that you give.
@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
-from recipes.curves import draw_curves
-from recipes.stage import FILE_NAME, readable_number, readable_time
-from recipes.tables import cell, figure_names, markdown_table
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.curves import draw_curves
+from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
+from modeling_nanochat.recipes.stages.tables import cell, figure_names, markdown_table
 
 Record = dict[str, Any]
 
@@ -59,7 +58,7 @@ class ReportArguments:
 
 
 def main() -> None:
-    (arguments,) = TrlParser(ReportArguments).parse_args_and_config()
+    (arguments,) = parse(ReportArguments)
     print(f"[report] {write_report(arguments)}")
 
 
@@ -232,4 +231,4 @@ def number(value: Any, name: str = "") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Reinforces a fine-tuned network on problems whose answers can be checked, with the calculator in the loop.
 
-    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m recipes.rl \\
+    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m modeling_nanochat.recipes.rl \\
         --config recipes/configs/demo/rl.yaml
 
 A completion earns 1 if the number after its first `#### ` is the reference answer, else 0. Held-out problems are
@@ -16,14 +16,14 @@ from typing import Any
 
 from datasets import Dataset
 from transformers.utils import logging
-from trl import TrlParser
 
-from eval.pass_at_k import question_of, summarize_passes
-from eval.tasks.gsm8k import is_correct
-from recipes.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
-from recipes.stage import Stage
-from training import scaling
-from training.reinforce_trainer import ReinforceConfig, ReinforceTrainer
+from modeling_nanochat.eval.intervals import question_of, summarize_passes
+from modeling_nanochat.eval.tasks.gsm8k import is_correct
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.training import scaling
+from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer
 
 MEASURED = ("pass@1", "pass@8")
 SAMPLES_SHOWN = 5
@@ -45,7 +45,7 @@ class RLArguments:
 
 
 def main() -> None:
-    arguments, config = TrlParser((RLArguments, ReinforceConfig)).parse_args_and_config()
+    arguments, config = parse(RLArguments, ReinforceConfig)
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
     stage = Stage("rl", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
@@ -153,4 +153,4 @@ def show_samples(trainer: ReinforceTrainer) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

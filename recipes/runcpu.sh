@@ -11,14 +11,14 @@ export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 run() { .venv/bin/accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m "$@"; }
 
 make install
-.venv/bin/python -m recipes.prepare_data --config $DEMO/data.yaml --output_dir "$OUT/data"
-.venv/bin/python -m recipes.train_tokenizer --config $DEMO/tokenizer.yaml \
+.venv/bin/nanochat prepare_data --config $DEMO/data.yaml --output_dir "$OUT/data"
+.venv/bin/nanochat train_tokenizer --config $DEMO/tokenizer.yaml \
     --data "$OUT/data/pretrain" --output_dir "$OUT/tokenizer"
-run recipes.pretrain --config $DEMO/pretrain.yaml --depth "$DEPTH" --max_minutes "$MINUTES" \
+run modeling_nanochat.recipes.pretrain --config $DEMO/pretrain.yaml --depth "$DEPTH" --max_minutes "$MINUTES" \
     --data "$OUT/data/pretrain" --tokenizer "$OUT/tokenizer" --output_dir "$OUT/base"
-run recipes.sft --config $DEMO/sft.yaml --model "$OUT/base" --data "$OUT/data/sft" --output_dir "$OUT/sft"
-run recipes.rl --config $DEMO/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
-.venv/bin/python -m recipes.evaluate --config $DEMO/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
+run modeling_nanochat.recipes.sft --config $DEMO/sft.yaml --model "$OUT/base" --data "$OUT/data/sft" --output_dir "$OUT/sft"
+run modeling_nanochat.recipes.rl --config $DEMO/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
+.venv/bin/nanochat evaluate --config $DEMO/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"
-.venv/bin/python -m recipes.report --run "$OUT"
-.venv/bin/python -m recipes.chat --model "$OUT/rl"
+.venv/bin/nanochat report --run "$OUT"
+.venv/bin/nanochat chat --model "$OUT/rl"

@@ -1,6 +1,6 @@
 """Finds the compute-optimal depth: sweeps FLOP budgets x depths, fits the best size for each budget, and plots both.
 
-    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m recipes.scaling_laws \\
+    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m modeling_nanochat.recipes.scaling_laws \\
         --config recipes/configs/scaling_laws.yaml
 
 Every cell of the sweep is an ordinary pretraining run in a folder of its own, so an interrupted sweep goes on where it
@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from trl import TrlParser
 
-from recipes.pretrain import PretrainArguments, pretrain
-from recipes.stage import Stage, read_stage
-from training.pretrain_trainer import PretrainConfig
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.pretrain import PretrainArguments, pretrain
+from modeling_nanochat.recipes.stages.record import Stage, read_stage
+from modeling_nanochat.training.trainers.pretrain import PretrainConfig
 
 
 @dataclass
@@ -123,7 +123,7 @@ def plot(cells: Sequence[Cell], optima: Sequence[Optimum], file: Path) -> None:
 
 
 def main() -> None:
-    sweep, arguments, config = TrlParser((SweepArguments, PretrainArguments, PretrainConfig)).parse_args_and_config()
+    sweep, arguments, config = parse(SweepArguments, PretrainArguments, PretrainConfig)
     inputs = [arguments.data, arguments.tokenizer]
     stage = Stage("scaling_laws", config.output_dir, [sweep, arguments, config], inputs, arguments.rerun)
     if stage.is_done():
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Serves a checkpoint over HTTP with OpenAI's API, through Transformers' own server.
 
-    python -m recipes.serve --model out/demo/rl
+    nanochat serve --model out/demo/rl
     transformers chat out/demo/rl http://localhost:8000      # in another terminal, or any client of OpenAI's API
 
 `transformers serve` looks a checkpoint's class up by name in the library, so that it finds this one only in a process
@@ -16,9 +16,9 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager
 from transformers.generation.streamers import BaseStreamer
-from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTForCausalLM
+from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.tokenization_nanochat_gpt import PYTHON_END, PYTHON_START
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 
@@ -80,10 +80,10 @@ class ServedNanoChatGPT(NanoChatGPTForCausalLM):
 
 
 def main() -> None:
-    (arguments,) = TrlParser(ServeArguments).parse_args_and_config()
+    (arguments,) = parse(ServeArguments)
     model_manager.transformers.NanoChatGPTForCausalLM = ServedNanoChatGPT  # where the server looks the class up
     Serve(force_model=arguments.model, host=arguments.host, port=arguments.port, device=arguments.device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,10 +1,10 @@
 """Fine-tunes a pretrained network on conversations.
 
-    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m recipes.sft \\
+    accelerate launch --config_file recipes/accelerate/one_cpu.yaml -m modeling_nanochat.recipes.sft \\
         --config recipes/configs/demo/sft.yaml
 
 The mixture is one JSON lines file, shuffled once with a fixed seed; what it consists of is decided where it is written
-(`recipes.prepare_data`). It says what became of the conversations: tokens trained on, rows filled, rows left out,
+(`nanochat prepare_data`). It says what became of the conversations: tokens trained on, rows filled, rows left out,
 conversations cut. The output folder holds the model with its code, and the tokenizer.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers.utils import logging
-from trl import TrlParser
 
-from recipes.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
-from recipes.stage import Stage
-from training import scaling
-from training.sft_trainer import NanoChatSFTConfig, NanoChatSFTTrainer
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.training import scaling
+from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer
 
 
 @dataclass
@@ -40,7 +40,7 @@ class SFTArguments:
 
 
 def main() -> None:
-    arguments, config = TrlParser((SFTArguments, NanoChatSFTConfig)).parse_args_and_config()
+    arguments, config = parse(SFTArguments, NanoChatSFTConfig)
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
     stage = Stage("sft", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
@@ -117,4 +117,4 @@ def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,13 +15,13 @@ run() {
 make install
 .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' ||
     echo "no FlashAttention for this machine: attention falls back to what torch has" >&2
-.venv/bin/python -m recipes.plan --depth "$DEPTH" --gpus "$GPUS"
-.venv/bin/python -m recipes.prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
-.venv/bin/python -m recipes.train_tokenizer --config $CONFIGS/tokenizer.yaml --output_dir "$OUT/tokenizer"
-run recipes.pretrain --config $CONFIGS/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
+.venv/bin/nanochat plan --depth "$DEPTH" --gpus "$GPUS"
+.venv/bin/nanochat prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
+.venv/bin/nanochat train_tokenizer --config $CONFIGS/tokenizer.yaml --output_dir "$OUT/tokenizer"
+run modeling_nanochat.recipes.pretrain --config $CONFIGS/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
     --output_dir "$OUT/base"
-run recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" --data "$OUT/data/sft" --output_dir "$OUT/sft"
-run recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
-run recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
+run modeling_nanochat.recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" --data "$OUT/data/sft" --output_dir "$OUT/sft"
+run modeling_nanochat.recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" --data "$OUT/data/rl" --output_dir "$OUT/rl"
+run modeling_nanochat.recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"
-.venv/bin/python -m recipes.report --run "$OUT"
+.venv/bin/nanochat report --run "$OUT"

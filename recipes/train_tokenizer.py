@@ -1,6 +1,6 @@
 """Trains the tokenizer on the prepared pretraining shards.
 
-    python -m recipes.train_tokenizer --config recipes/configs/demo/tokenizer.yaml
+    nanochat train_tokenizer --config recipes/configs/demo/tokenizer.yaml
 
 The stage also reports how many bytes one token covers on text it was not trained on. A larger vocabulary covers more,
 but its embedding and head cost parameters: 32768 suits models from depth 12 on, a few thousand the toys below.
@@ -12,11 +12,11 @@ from itertools import islice, takewhile
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl import TrlParser
 
-from recipes.stage import Stage
-from training.documents import open_documents, stream_documents
-from training.tokenizer_training import MAX_CHARACTERS, MAX_DOCUMENT_CHARACTERS, BulkEncoder, train_tokenizer
+from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.training.data.documents import open_documents, stream_documents
+from modeling_nanochat.training.tokenizer import MAX_CHARACTERS, MAX_DOCUMENT_CHARACTERS, BulkEncoder, train_tokenizer
 
 VALIDATION_DOCUMENTS = 1000
 
@@ -40,7 +40,7 @@ class TokenizerArguments:
 
 
 def main() -> None:
-    (arguments,) = TrlParser(TokenizerArguments).parse_args_and_config()
+    (arguments,) = parse(TokenizerArguments)
     train(arguments)
 
 
@@ -72,4 +72,4 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

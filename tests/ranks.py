@@ -10,7 +10,13 @@ import torch
 
 # Children of a server that has imported everything once: a fresh process each, without the seconds of importing.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.sft_trainer", "training.reinforce_trainer", "training.pretrain_trainer"])
+PROCESSES.set_forkserver_preload(
+    [
+        "modeling_nanochat.training.trainers.sft",
+        "modeling_nanochat.training.trainers.reinforce",
+        "modeling_nanochat.training.trainers.pretrain",
+    ]
+)
 
 
 def free_port() -> int:

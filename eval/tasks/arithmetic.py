@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from eval.tasks import gsm8k
+from modeling_nanochat.eval.tasks import gsm8k
 from modeling_nanochat.tool_use import calculate
 
 NAMES = (  # noqa: SIM905 (a list would take forty lines)

@@ -1,7 +1,7 @@
 """HumanEval: 164 Python functions to complete from their signature and docstring, judged by running tests.
 
-The program that is judged is built here and run in `eval.code_sandbox`. A chat model may answer with the body alone,
-the whole function, or either of them in a fenced block with talk around it; all of these are taken.
+The program that is judged is built here and run in `eval/sandbox/`. A chat model may answer with the body alone, the
+whole function, or either of them in a fenced block with talk around it; all of these are taken.
 """
 
 import re

@@ -9,9 +9,10 @@ So plain pytest does not collect this file:
 
 import pytest
 import torch
-from test_hub import tiny_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from tests.modeling.test_hub import tiny_model
 
 
 @pytest.mark.parametrize("era", ["seed", "head"])

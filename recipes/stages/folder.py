@@ -1,0 +1,82 @@
+"""The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings; and
+which of the checkpoints in it a run goes on from."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+import modeling_nanochat  # noqa: F401 (registers the network with the Auto classes)
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.training.scaling import native_bfloat16
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files
+
+
+def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model with float32 weights, and tokenizer, from a folder or the Hub."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+
+
+def load_for_inference(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode on this process's device, and tokenizer; activations in bfloat16 where that is native.
+
+    Raises:
+        ValueError: `model` is a local path and no checkpoint is there.
+    """
+    is_local = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_local and not Path(model, "config.json").exists():
+        raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
+    network, tokenizer = load_checkpoint(model)
+    device = PartialState().device
+    if native_bfloat16(device):
+        network.set_activation_dtype(torch.bfloat16)
+    return network.to(device).eval(), tokenizer
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
+    """Write everything that loads and chats without this package; each file appears whole. Main process only."""
+    ids = special_token_ids(tokenizer)
+    model.config.use_cache = True  # the Trainer turns it off
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids[BOS], eos_token_id=[ids[ASSISTANT_END], ids[BOS]], pad_token_id=ids[BOS]
+    )
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    publish_files(output_dir, write)
+
+
+def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
+    """The checkpoint named in the arguments, else the latest of this run; those of a finished or unwanted run are
+    removed.
+
+    Raises:
+        ValueError: the folder holds checkpoints of another run that was not finished.
+    """
+    checkpoint = config.resume_from_checkpoint or latest_checkpoint(config.output_dir)
+    if checkpoint and not config.resume_from_checkpoint and not stage.can_continue():
+        finished = stage.file.exists() and not stage.begun.exists()
+        if not (stage.rerun or finished):
+            raise ValueError(
+                f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
+                f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "
+                f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
+            )
+        checkpoint = None
+    PartialState().wait_for_everyone()  # nobody reads the folder any more
+    if checkpoint is None and PartialState().is_main_process:
+        for old in Path(config.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(old)
+    return checkpoint

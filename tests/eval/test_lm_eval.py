@@ -1,0 +1,72 @@
+"""The harness's model class: likelihoods with one BOS, generation with the calculator."""
+
+import math
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.eval.lm_eval_model import NanoChatLM
+from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
+from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+
+
+@pytest.fixture(scope="module")
+def harness():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    pairs = [a + b for a in "0123456789" for b in "0123456789"][: 320 - 256 - 9]
+    tokenizer = tokenizer_from_ranks({**ranks, **{pair.encode(): 256 + i for i, pair in enumerate(pairs)}})
+    special = special_token_ids(tokenizer)
+    torch.manual_seed(0)
+    config = NanoChatGPTConfig.from_depth(
+        2, vocab_size=320, head_dim=32, max_position_embeddings=64, bos_token_id=special["<|bos|>"],
+        eos_token_id=[special["<|assistant_end|>"], special["<|bos|>"]], pad_token_id=special["<|bos|>"],
+    )  # fmt: skip
+    model = NanoChatGPTForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return NanoChatLM(model, tokenizer=tokenizer, batch_size=2, max_length=64)
+
+
+def request(kind: str, *arguments) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def log_likelihood(harness, ids: list[int], given: int) -> float:
+    """Of the tokens from place `given` on, by one forward pass."""
+    with torch.no_grad():
+        log_probabilities = harness.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(log_probabilities[place - 1, ids[place]]) for place in range(given, len(ids)))
+
+
+def test_it_is_registered():
+    assert get_model("nanochat") is NanoChatLM
+
+
+def test_whole_texts_see_bos_once(harness):
+    bos = special_token_ids(harness.tokenizer)["<|bos|>"]
+    texts = ["A short text.", "Another one, 1234 long."]
+    found = harness.loglikelihood_rolling([request("loglikelihood_rolling", text) for text in texts])
+    for text, value in zip(texts, found):
+        assert value == pytest.approx(
+            log_likelihood(harness, [bos, *encode_text(harness.tokenizer, text)], 1), abs=1e-3
+        )
+    assert harness.add_bos_token is True
+
+
+def test_continuations_follow_a_context_with_bos(harness):
+    bos = special_token_ids(harness.tokenizer)["<|bos|>"]
+    ((value, greedy),) = harness.loglikelihood([request("loglikelihood", "The answer is", " 42")])
+    ids = [bos, *encode_text(harness.tokenizer, "The answer is 42")]
+    assert value == pytest.approx(log_likelihood(harness, ids, len(ids) - 2), abs=1e-3)
+    assert math.isfinite(value) and isinstance(greedy, bool)
+
+
+def test_generation_calls_the_calculator(harness):
+    contexts = ["Sum: <|python_start|>12 + 30<|python_end|>", "<|python_start|>2 * 4<|python_end|>"]
+    requests = [request("generate_until", text, {"until": ["\n\n"], "max_gen_toks": 5}) for text in contexts]
+    texts = harness.generate_until(requests, disable_tqdm=True)
+    assert texts[0].startswith("42") and texts[1].startswith("8")

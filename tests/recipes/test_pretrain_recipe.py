@@ -1,0 +1,167 @@
+"""The pretraining recipe from documents to a folder that loads: done once, resumed, bounded in time."""
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from modeling_nanochat.recipes import scaling_laws
+from modeling_nanochat.recipes.pretrain import PretrainArguments, core_tasks, pretrain
+from modeling_nanochat.recipes.stages.record import read_stage
+from modeling_nanochat.training.tokenizer import train_tokenizer
+from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
+
+WORDS = ["the", "a", "of", "king", "queen", "castle", "river", "mountain", "says", "goes", "sees", "dark", "bright"]
+WORDS += ["garden", "winter", "silver", "quiet", "journey", "bridge", "village"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two shards of made-up text and a tokenizer trained on them."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(300)]
+    for number, part in enumerate((texts[:250], texts[250:])):
+        (folder / "shards").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": part}), folder / "shards" / f"shard_{number:05d}.parquet", row_group_size=50)
+    train_tokenizer(texts, 320).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def settings(folder, output, **changes) -> tuple[PretrainArguments, PretrainConfig]:
+    """The two sets of arguments of a tiny run; `changes` go to the one that has the field."""
+    arguments = {
+        "data": str(folder / "shards"),
+        "tokenizer": str(folder / "tokenizer"),
+        "depth": 2,
+        "head_dim": 32,
+        "sequence_length": 32,
+        "total_batch_tokens": 256,
+        "validate_every": 2,
+        "validation_tokens": 640,
+        "sample_prompts": ["the king"],
+    }
+    config = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "disable_tqdm": True, "polar_dtype": "float32"}
+    for name, value in changes.items():
+        (arguments if name in PretrainArguments.__dataclass_fields__ else config)[name] = value
+    return PretrainArguments(**arguments), PretrainConfig(output_dir=str(output), **config)
+
+
+def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys, monkeypatch):
+    pretrain(*settings(folder, tmp_path))
+    printed = capsys.readouterr().out
+    assert "4 steps" in printed and "batch 8 x 32 tokens x 1 x 1 device(s)" in printed
+    record = read_stage(tmp_path)
+    assert record["results"]["tokens"] == 4 * 256
+    assert 0 < record["results"]["validation_bits_per_byte"] < 9
+    assert 0 < record["results"]["cropped_share"] < 1
+    assert record["samples"][0]["prompt"] == "the king" and record["samples"][0]["step"] == 4
+    measured = [line["step"] for line in record["log_history"] if "validation_bits_per_byte" in line]
+    assert measured == [2, 4]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    bos, end = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|assistant_end|>"])
+    assert model.generation_config.eos_token_id == [end, bos] and model.generation_config.pad_token_id == bos
+    assert not (tmp_path / "training_args.bin").exists()
+
+    monkeypatch.setattr(PretrainTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    pretrain(*settings(folder, tmp_path))
+    assert "already done" in capsys.readouterr().out
+
+
+def test_core_is_measured_on_the_way(folder, tmp_path):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    task = "label: next\n  dataset_uri: next.jsonl\n  num_fewshot: [1]\n  icl_task_type: language_modeling"
+    (bundle / "core.yaml").write_text(f"icl_tasks:\n- {task}\n")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nnext,0\n")
+    with pytest.raises(ValueError, match="next"):  # its data is missing: said before anything is trained
+        pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle)))
+    (bundle / "eval_data").mkdir()
+    rows = [
+        {"context": "the king says", "continuation": "the bridge"},
+        {"context": "a river", "continuation": "a castle"},
+    ]
+    (bundle / "eval_data" / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle), core_every=3))
+    record = read_stage(tmp_path / "base")
+    assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
+    assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0
+    with pytest.raises(ValueError, match="under FSDP"):
+        core_tasks(str(bundle), settings(folder, tmp_path, fsdp="full_shard")[1])
+
+
+def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_nanochat.recipes.pretrain.save_checkpoint", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(*settings(folder, tmp_path, max_steps=2))
+    assert (tmp_path / "checkpoint-2").is_dir() and read_stage(tmp_path) is None
+
+    with pytest.raises(ValueError, match=r"unfinished run with other settings.*checkpoint-2.*--rerun true"):
+        pretrain(*settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))
+    pretrain(*settings(folder, tmp_path, max_steps=2))
+    steps = [line["step"] for line in read_stage(tmp_path)["log_history"] if "loss" in line]
+    assert steps == [1, 2]  # read from the checkpoint: nothing was trained again
+    pretrain(*settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))  # a finished run gives way
+    assert read_stage(tmp_path)["arguments"]["matrix_lr"] == 0.5
+
+
+def test_minutes_bound_the_horizon(folder, tmp_path):
+    pretrain(*settings(folder, tmp_path, max_steps=10**6, max_minutes=0.002, save_strategy="no"))
+    results = read_stage(tmp_path)["results"]
+    assert 1 <= results["steps"] < 10**4
+
+
+def test_indivisible_batch_is_explained(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"a batch of 250 tokens cannot be made of .* such as 256"):
+        pretrain(*settings(folder, tmp_path, total_batch_tokens=250))
+    assert not (tmp_path / "stage.begun.json").exists()
+
+
+def test_scaling_laws_find_the_bottom_of_parabolas():
+    """On made-up results whose best size is 3 * flops^0.5, the fit gives that law back."""
+    cells = []
+    for flops in (1e12, 1e13, 1e14):
+        best = 3 * flops**0.5
+        for depth, factor in enumerate((0.25, 0.5, 1.0, 2.0, 4.0), start=2):
+            parameters = int(best * factor)
+            loss = 2 - 0.05 * (flops / 1e12) ** 0.1 + 0.02 * (scaling_laws.np.log(parameters / best)) ** 2
+            cells.append(scaling_laws.Cell(flops, depth, parameters, int(flops / (6 * parameters)), loss))
+    optima = [scaling_laws.best_of_budget([cell for cell in cells if cell.flops == f]) for f in (1e12, 1e13, 1e14)]
+    exponent, factor = scaling_laws.power_law(optima, "parameters")
+    assert (exponent, factor) == (pytest.approx(0.5, abs=1e-3), pytest.approx(3, rel=0.02))
+    assert scaling_laws.power_law(optima, "tokens")[0] == pytest.approx(0.5, abs=1e-2)
+    still_falling = [scaling_laws.Cell(1e12, 2, size, 1, loss) for size, loss in ((100, 2.0), (200, 1.9), (400, 1.85))]
+    assert scaling_laws.best_of_budget(still_falling) is None
+
+
+def test_budgets_of_the_configs_are_numbers():
+    configs = Path(scaling_laws.__file__).parent / "configs"
+    for name in ("scaling_laws", "scaling_laws_toy"):
+        parser = TrlParser((scaling_laws.SweepArguments, PretrainArguments, PretrainConfig))
+        sweep, *_ = parser.parse_args_and_config(["--config", str(configs / f"{name}.yaml")])
+        assert all(isinstance(budget, float) for budget in sweep.flops) and len(sweep.flops) >= 3
+
+
+def test_sweep_runs_plots_and_is_not_repeated(folder, tmp_path, monkeypatch, capsys):
+    arguments, config = settings(folder, tmp_path / "sweep", max_steps=-1, save_strategy="no", sample_prompts=[])
+    monkeypatch.setattr(scaling_laws, "parse", lambda *classes: (sweep, arguments, config))
+    sweep = scaling_laws.SweepArguments(flops=[2.5e9], depths=[1, 2])
+    scaling_laws.main()
+    results = read_stage(tmp_path / "sweep")["results"]
+    assert [cell["depth"] for cell in results["cells"]] == [1, 2]
+    assert (tmp_path / "sweep" / "scaling_laws.png").stat().st_size > 1000
+    sweep = scaling_laws.SweepArguments(flops=[2.5e9], depths=[1, 2, 3])
+    capsys.readouterr()
+    scaling_laws.main()  # one cell more: the others are read
+    assert capsys.readouterr().out.count("already done") == 2

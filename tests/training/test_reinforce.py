@@ -1,0 +1,313 @@
+"""Reinforcement learning: the samples, the mask, and the loss against obvious twins and GRPOTrainer itself."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from trl import GRPOTrainer
+
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation, render_prompt
+from modeling_nanochat.eval.tasks import arithmetic
+from modeling_nanochat.tool_use import CalculatorLogitsProcessor
+from modeling_nanochat.training.tokenizer import train_tokenizer
+from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer, rows_with_loss
+from modeling_nanochat.training.trainers.rollouts import draw, sample_completions
+from tests.ranks import run_two_ranks
+
+
+def problems(count: int) -> list[dict]:
+    return list(itertools.islice(arithmetic.generate(0), count))
+
+
+def make_tokenizer():
+    return train_tokenizer([row["messages"][0]["content"] for row in problems(400)], 320)
+
+
+def make_model(era: str = "seed", **overrides) -> NanoChatGPTForCausalLM:
+    """Two narrow layers with every weight drawn, so that attention and MLP do something."""
+    torch.manual_seed(0)
+    config = NanoChatGPTConfig.from_depth(
+        2, vocab_size=320, head_dim=32, max_position_embeddings=128, era=era, hidden_size=64, num_attention_heads=2,
+        **overrides,
+    )  # fmt: skip
+    model = NanoChatGPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def questions(count: int) -> Dataset:
+    rows = problems(count)
+    return Dataset.from_list([{"prompt": row["messages"][:1], "answer": row["answer"]} for row in rows])
+
+
+def settings(folder: Path, **overrides) -> ReinforceConfig:
+    return ReinforceConfig(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 4,
+            "max_completion_length": 10,
+            "max_steps": 2,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "activation_dtype": "float32",
+            "polar_dtype": "float32",
+            **overrides,
+        },
+    )
+
+
+def length_reward(text: str, answer: str) -> float:
+    """Something that an untrained network gets right now and then."""
+    return float(len(text) % 3 == 0)
+
+
+def count_passes(passes: list[int], samples: int) -> dict[str, float]:
+    return {"pass@1": sum(passes) / (len(passes) * samples)}
+
+
+def make_trainer(folder: Path, model: NanoChatGPTForCausalLM | None = None, **overrides) -> ReinforceTrainer:
+    return ReinforceTrainer(
+        model or make_model(),
+        settings(folder, **overrides),
+        questions(8),
+        questions(6),
+        reward=length_reward,
+        summarize=count_passes,
+        processing_class=make_tokenizer(),
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class EagerCaller:
+    """Makes the network call the calculator with `12+30` at some point, and stop at another."""
+
+    def __init__(self, tokenizer):
+        self.calculator = CalculatorLogitsProcessor(tokenizer)
+        answer = {"role": "assistant", "content": [{"type": "python", "text": "12+30"}]}
+        ids, _ = render_conversation(tokenizer, [{"role": "user", "content": "?"}, answer])
+        self.call = ids[ids.index(self.calculator.python_start) : -1]
+        self.stop = tokenizer.eos_token_id
+
+    def __call__(self, tokens, scores):
+        scores = scores.clone()
+        scores[:, self.stop] += 3.0
+        for row, ids in zip(scores, tokens.tolist()):
+            if ids[-1] % 3 == 0 and self.calculator.python_start not in ids:
+                row[self.calculator.python_start] = row.max() + 5.0
+            elif self.calculator.python_start in ids:
+                written = ids[ids.index(self.calculator.python_start) :]
+                if len(written) < len(self.call):
+                    row[self.call[len(written)]] = row.max() + 20.0
+        return self.calculator(tokens, scores)
+
+
+def slow_sample(model, prompt, uniforms, stop_token_ids, logits_processor) -> list[int]:
+    """One row, no cache, one token after another."""
+    ids = list(prompt)
+    for number in uniforms.tolist():
+        scores = logits_processor(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1])[0]
+        probabilities = scores.double().softmax(-1)
+        ids.append(int((probabilities.cumsum(-1) <= number * (1 - 1e-9)).sum()))
+        if ids[-1] in stop_token_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("era", ["seed", "head"])
+def test_samples_equal_those_drawn_one_row_at_a_time_without_a_cache(tokenizer, era):
+    model = make_model(era)
+    model.train()
+    prompts = [render_prompt(tokenizer, row["messages"][:1]) for row in problems(3) for _ in range(4)]
+    uniforms = torch.rand(12, 24, generator=torch.Generator().manual_seed(1))
+    stop, processor = [tokenizer.eos_token_id, tokenizer.bos_token_id], EagerCaller(tokenizer)
+    batched = sample_completions(
+        model, prompts, uniforms, stop_token_ids=stop, pad_token_id=tokenizer.pad_token_id, logits_processor=processor
+    )
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        slow = [slow_sample(model, prompt, row, stop, processor) for prompt, row in zip(prompts, uniforms)]
+    assert batched == slow
+    assert len(set(map(len, batched))) > 3  # rows left the batch at different times
+    answer = tokenizer.decode([processor.calculator.output_start])
+    assert sum(answer in tokenizer.decode(ids) for ids in batched) >= 3
+    assert all("12+30<|python_end|><|output_start|>42<|output_end|>" in text
+               for text in map(tokenizer.decode, batched) if answer in text and "output_end" in text)  # fmt: skip
+
+
+def test_a_sample_depends_on_its_own_numbers_only(tokenizer):
+    model = make_model().eval()
+    prompts = [render_prompt(tokenizer, row["messages"][:1]) for row in problems(8)]
+    uniforms = torch.rand(8, 12, generator=torch.Generator().manual_seed(2))
+    options = {"stop_token_ids": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
+    together = sample_completions(model, prompts, uniforms, **options)
+    alone = [sample_completions(model, [prompt], row[None], **options)[0] for prompt, row in zip(prompts, uniforms)]
+    assert together == alone
+    with pytest.raises(ValueError, match="8 prompts, 0 of them empty, and 7 rows"):
+        sample_completions(model, prompts, uniforms[:7], **options)
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability():
+    scores = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf"), 2.0, -float("inf")]]).repeat(20_000, 1)
+    uniforms = torch.linspace(0, 1 - 2**-24, 20_000)
+    shares = torch.bincount(draw(scores, uniforms), minlength=6) / 20_000
+    torch.testing.assert_close(shares, scores[0].softmax(-1), atol=2e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- advantages, mask, loss
+
+
+def scored_samples(trainer: ReinforceTrainer) -> dict[str, torch.Tensor]:
+    """What a step samples for two questions, four times each, by a network that likes to call the calculator."""
+    caller = EagerCaller(trainer.processing_class)
+    caller.forced_token_mask = trainer.calculator.forced_token_mask
+    trainer.calculator = caller
+    trainer.model.train()
+    return trainer._generate_and_score_completions([dict(trainer.train_dataset[i]) for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+
+
+def test_advantages_are_rewards_less_their_mean_and_forced_tokens_carry_no_loss(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, max_completion_length=24)
+    calculator, inputs = trainer.calculator, scored_samples(trainer)
+
+    completions = zip(inputs["completion_ids"], inputs["completion_mask"].bool())
+    texts = tokenizer.batch_decode([ids[mask] for ids, mask in completions])
+    rewards = torch.tensor([length_reward(text, "") for text in texts]).view(2, 4)
+    torch.testing.assert_close(inputs["advantages"], (rewards - rewards.mean(1, keepdim=True)).flatten())
+
+    output = [calculator.output_start, *tokenizer("42")["input_ids"], calculator.output_end]
+    forced = 0
+    for ids, sampled in zip(inputs["completion_ids"].tolist(), inputs["tool_mask"].tolist()):
+        for start in range(len(ids) - len(output) + 1):
+            if ids[start : start + len(output)] == output:
+                assert sampled[start : start + len(output)] == [0] * len(output)
+                forced += len(output)
+    assert forced >= 3 * len(output)
+    sampled = inputs["completion_mask"] * inputs["tool_mask"]
+    assert inputs["num_items_in_batch"] == sampled.sum() < inputs["completion_mask"].sum()
+
+    weights = sampled * inputs["advantages"][:, None]
+    tokens, kept = rows_with_loss(inputs, weights)
+    carried = sorted(zip(tokens[kept != 0].tolist(), kept[kept != 0].tolist()))
+    assert carried == sorted(zip(inputs["completion_ids"][weights != 0].tolist(), weights[weights != 0].tolist()))
+
+
+def gradients(trainer: ReinforceTrainer, compute_loss, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    loss = compute_loss(trainer, trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_the_gradient_is_grpo_s(tmp_path):
+    trainer = make_trainer(tmp_path, max_completion_length=24)
+    inputs = scored_samples(trainer)
+    assert inputs["tool_mask"].min() == 0
+    inputs["advantages"][2] = 0  # a row without advantage
+    assert inputs["prompt_mask"].min() == 0 and inputs["completion_mask"].min() == 0  # padding on both sides
+    loss, ours = gradients(trainer, ReinforceTrainer._compute_loss, inputs)
+    _, theirs = gradients(trainer, GRPOTrainer._compute_loss, inputs)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-3
+
+    # The loss itself is the formula (GRPO's value is another one: its ratio is 1).
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    log_probabilities = trainer.model(ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+    chosen = log_probabilities.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, -inputs["completion_ids"].shape[1] :]
+    sampled = inputs["completion_mask"] * inputs["tool_mask"]
+    expected = -(inputs["advantages"][:, None] * chosen * sampled).sum() / sampled.sum()
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_equal_rewards_leave_a_zero_gradient_for_every_parameter(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.reward = lambda text, answer: 1.0
+    inputs = scored_samples(trainer)
+    loss, found = gradients(trainer, ReinforceTrainer._compute_loss, inputs)
+    assert loss == 0 and not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("beta", 0.1), ("num_iterations", 2), ("scale_rewards", "group"), ("loss_type", "grpo"), ("temperature", 0.7),
+     ("top_k", 50), ("bf16", True), ("max_grad_norm", 1.0), ("steps_per_generation", 4)],
+)  # fmt: skip
+def test_settings_that_are_not_plain_reinforce_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}|bf16|`{name}`"):
+        settings(tmp_path, **{name: value})
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def final_weights(folder: Path, **overrides) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(folder, num_train_epochs=1, max_steps=3, init_lr_frac=0.3, **overrides)
+    trainer.train()
+    return {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    start = dict(make_model().named_parameters())
+    for name, weight in ours.items():
+        moved = (others[name] - start[name]).norm()
+        assert (weight - others[name]).norm() <= 2e-3 * moved + 1e-7, name
+    assert sum((others[name] - weight).abs().max() > 1e-4 for name, weight in start.items()) > len(start) / 2
+
+
+def test_one_batch_of_eight_is_eight_of_one(tmp_path):
+    together = final_weights(tmp_path / "a")
+    apart = final_weights(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert_same_weights(apart, together)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, init_lr_frac=1.0)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
+    assert any(not torch.equal(tensor, make_model().get_parameter(name)) for name, tensor in weights[0].items())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def train_and_save(folder: Path) -> None:
+    weights = final_weights(folder / "ranks", per_device_train_batch_size=4)
+    if torch.distributed.get_rank() == 0:
+        save_file(weights, folder / "weights.safetensors")
+
+
+def test_two_ranks_draw_the_same_samples_and_end_with_the_same_weights(tmp_path):
+    run_two_ranks(train_and_save, tmp_path)
+    assert_same_weights(load_file(tmp_path / "weights.safetensors"), final_weights(tmp_path / "alone"))
+
+
+def test_evaluation_counts_passes_alike_for_any_batch_and_learning_raises_them(tmp_path):
+    """The reward is a letter to begin with: simple to learn; and the samples are the same each time."""
+    trainer = make_trainer(tmp_path, max_steps=16, init_lr_frac=1.0, per_device_train_batch_size=32)
+    trainer.reward = lambda text, answer: float(text[:1].isalpha())
+    before = trainer.evaluate()
+    trainer.args.per_device_eval_batch_size = 8
+    assert trainer.evaluate() == before
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_pass@1"] < 0.4 and after["eval_pass@1"] > 0.6
+    assert trainer.state.log_history[-1]["eval_pass@1"] == after["eval_pass@1"]

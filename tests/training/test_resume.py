@@ -1,0 +1,214 @@
+"""A run killed at any moment, also while saving, goes on from its last complete checkpoint to the very same weights."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files, remove_old_checkpoints
+from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
+from tests.ranks import PROCESSES, free_port, join_ranks
+
+STEPS, SAVE_EVERY, LENGTH, VOCABULARY = 9, 3, 16, 64
+
+
+class RandomWalk:
+    """Rows that can be learnt: each token is the one before it plus a step of 1 or 2; a stream has its own seed."""
+
+    def __init__(self, stream: int, streams: int):
+        self.stream, self.place = stream, 0
+
+    def __next__(self) -> np.ndarray:
+        draw = np.random.default_rng([self.stream, self.place])
+        self.place += 1
+        return ((draw.integers(VOCABULARY) + draw.integers(1, 3, LENGTH + 1).cumsum()) % VOCABULARY).astype(np.int32)
+
+    def state_dict(self) -> dict:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.place = state["place"]
+
+
+def die(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieAtStep(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            die()
+
+
+def die_at_call(owner: object, name: str, call: int) -> None:
+    """Kill this process instead of making the `call`-th call of a function."""
+    function, calls = getattr(owner, name), iter(range(1, 10_000))
+    setattr(owner, name, lambda *args, **kwargs: die() if next(calls) == call else function(*args, **kwargs))
+
+
+def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings: dict) -> None:
+    """One rank of a run, from the latest checkpoint if there is one; killed as `death` says."""
+    join_ranks(rank, ranks, port)
+    config = PretrainConfig(
+        output_dir=folder,
+        max_steps=STEPS,
+        save_steps=SAVE_EVERY,
+        logging_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        torch_compile=False,
+        polar_dtype="float32",
+        **settings,
+    )
+    assert config.world_size == ranks
+    if config.fsdp:  # accelerate shards on accelerators only: let these processes pass for some
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
+    torch.manual_seed(0 if config.fsdp else rank)  # rank 0's weights become everybody's, but are sharded as they are
+    model = NanoChatGPTForCausalLM(
+        NanoChatGPTConfig.from_depth(2, vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=LENGTH)
+    )
+    rows = RowLoader(RandomWalk, config.per_device_train_batch_size, LENGTH, rank=rank, ranks=ranks)
+    trainer = PretrainTrainer(model, config, rows)
+    if death and rank == death[-1]:
+        if death[0] == "step":
+            trainer.add_callback(DieAtStep(death[1]))
+        else:
+            die_at_call({"os": os, "torch": torch}[death[0]], death[1], death[2])
+    trainer.train(resume_from_checkpoint=True)
+    whole = trainer.whole_model()
+    if rank == 0:
+        publish_files(folder, whole.save_pretrained)
+        (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def run(folder: Path, death: tuple = (), ranks: int = 1, **settings) -> list[int]:
+    """Exit codes of the ranks of a run."""
+    port = free_port()
+    settings = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2} | settings
+    children = [
+        PROCESSES.Process(target=train, args=(str(folder), death, rank, ranks, port, settings), daemon=True)
+        for rank in range(ranks)
+    ]
+    for child in children:
+        child.start()
+    if death:  # the others wait for the dead one; torchrun would end them
+        children[death[-1]].join(120)
+        for child in children:
+            child.kill()
+    for child in children:
+        child.join(120)
+    return [child.exitcode for child in children]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    log = json.loads((folder / "log.json").read_text())
+    return {line["step"]: line["loss"] for line in log if "loss" in line}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    expected = load_file(one / "model.safetensors")
+    for name, tensor in load_file(other / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_killed_again_and_again(tmp_path):
+    """One process: killed between checkpoints, before the rename, while writing, while removing an old one."""
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    assert run(straight) == [0]
+    deaths = [
+        (("os", "rename", 2, 0), "checkpoint-3"),  # the second checkpoint was written and not renamed yet
+        (("step", 5, 0), "checkpoint-3"),
+        (("torch", "save", 2, 0), "checkpoint-3"),
+        (("os", "rename", 3, 0), "checkpoint-9"),  # all steps done, the oldest checkpoint is to go
+    ]
+    for death, survivor in deaths:
+        assert run(interrupted, death) == [-signal.SIGKILL]
+        assert Path(latest_checkpoint(interrupted)).name == survivor
+    assert run(interrupted) == [0]
+    assert_same_run(straight, interrupted)
+    assert sorted(path.name for path in straight.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A run of two ranks that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("two") / "straight"
+    assert run(folder, ranks=2, save_total_limit=5) == [0, 0]
+    return folder
+
+
+@pytest.mark.slow
+def test_two_ranks_killed(two_ranks, tmp_path):
+    for death in (("step", 5, 1), ("torch", "save", 5, 1), ("os", "rename", 1, 0)):
+        assert -signal.SIGKILL in run(tmp_path, death, ranks=2)
+    assert run(tmp_path, ranks=2) == [0, 0]
+    assert_same_run(two_ranks, tmp_path)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks(two_ranks, tmp_path):
+    """From two ranks to one, and from that one's checkpoint to two again: the same rows, so the same losses."""
+    fewer, more = tmp_path / "fewer", tmp_path / "more"
+    shutil.copytree(two_ranks / "checkpoint-3", fewer / "checkpoint-3")
+    assert run(fewer, save_total_limit=5) == [0]
+    shutil.copytree(fewer / "checkpoint-6", more / "checkpoint-6")
+    assert run(more, ranks=2) == [0, 0]
+    for folder in (fewer, more):
+        assert losses(folder) == pytest.approx(losses(two_ranks), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_unsharded_and_resumes(two_ranks, tmp_path):
+    wrapped = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["NanoChatGPTDecoderLayer"],
+    }
+    settings = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **wrapped}}
+    assert -signal.SIGKILL in run(tmp_path, ("step", 5, 1), ranks=2, **settings)
+    assert run(tmp_path, ranks=2, **settings) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(two_ranks), rel=1e-5)
+    expected = load_file(two_ranks / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():  # noise turns the sign of some decays
+        assert (tensor - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+    for folder in (tmp_path, tmp_path / "checkpoint-9"):  # the network's own code lies beside its weights
+        assert (folder / "modeling_nanochat_gpt.py").exists() and not (folder / "_fsdp_api.py").exists()
+
+
+def test_published_files_replace_whole_ones(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("kept")
+
+    def fail(folder: Path) -> None:
+        (folder / "config.json").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        publish_files(tmp_path, fail)
+    assert (tmp_path / "config.json").read_text() == "old"
+    publish_files(tmp_path, lambda folder: (folder / "config.json").write_text("new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "new", "notes.txt": "kept"}
+
+
+def test_old_checkpoints_go_by_step(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old_checkpoints(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_old_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+    assert Path(latest_checkpoint(tmp_path)).name == "checkpoint-10"

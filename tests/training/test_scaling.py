@@ -1,0 +1,112 @@
+"""The depth dial: formulas equal what real models hold, upstream's published figures come out, errors explain."""
+
+import pytest
+import torch
+
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.recipes import plan
+from modeling_nanochat.training import scaling
+
+SHAPES = [
+    {"depth": 4, "era": "seed", "head_dim": 64},
+    {"depth": 3, "era": "seed", "head_dim": 64, "num_key_value_heads": 1},
+    {"depth": 5, "era": "head", "head_dim": 64},
+    {"depth": 2, "era": "launch", "head_dim": 32},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape['era']}-{shape['depth']}")
+def test_counts_equal_the_real_model(shape):
+    config = NanoChatGPTConfig.from_depth(vocab_size=320, max_position_embeddings=128, **shape)
+    with torch.device("meta"):
+        model = NanoChatGPTForCausalLM(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    counts = scaling.count_parameters(config)
+
+    assert counts.total == sum(sizes.values())
+    assert counts.token_embedding == sizes["model.embed_tokens.weight"]
+    assert counts.head == sizes["lm_head.weight"]
+    assert counts.value_embeddings == sum(size for name, size in sizes.items() if "value_embeddings" in name)
+    assert counts.matrices == sum(size for name, size in sizes.items() if ".layers." in name)
+
+
+def test_upstreams_published_d20():
+    """Upstream printed these for its first d20 with its first vocabulary (github.com/karpathy/nanochat, 2025-10-13)."""
+    config = NanoChatGPTConfig.from_depth(20, vocab_size=65536, era="launch")
+    assert scaling.count_parameters(config).total == 560_988_160
+    assert f"{scaling.flops_per_token(config):.6e}" == "3.491758e+09"
+
+
+def test_windows_cost_what_they_see():
+    full = NanoChatGPTConfig.from_depth(8, window_pattern="L")
+    windowed = NanoChatGPTConfig.from_depth(8, window_pattern="SSSL")
+    heads, width, context = full.num_attention_heads, full.head_dim, full.max_position_embeddings
+    saved = scaling.flops_per_token(full) - scaling.flops_per_token(windowed)
+    assert saved == 6 * 12 * heads * width * context // 2  # six of the eight layers see half the context
+    assert scaling.flops_per_token(full, 512) == scaling.flops_per_token(windowed, 512)  # no window is reached
+
+
+def test_horizon_ratio_flops_steps():
+    config = NanoChatGPTConfig.from_depth(12)
+    by_ratio = scaling.plan_training(config)
+    assert by_ratio.batch_tokens == 2**19
+    assert by_ratio.steps == int(10.5 * by_ratio.parameters.scaling // 2**19)
+    assert by_ratio.tokens == by_ratio.steps * 2**19
+
+    by_flops = scaling.plan_training(config, target_flops=1e18)
+    assert by_flops.flops == pytest.approx(1e18, rel=1 / by_flops.steps)
+    assert scaling.plan_training(config, max_steps=7, target_flops=1e18, batch_tokens=4096).tokens == 7 * 4096
+    with pytest.raises(ValueError, match=r"shorter than one batch of 524,288 tokens"):
+        scaling.plan_training(NanoChatGPTConfig.from_depth(1, vocab_size=64), tokens_per_parameter=0.01)
+
+
+def test_eras_set_batch_and_decay():
+    deep = scaling.plan_training(NanoChatGPTConfig.from_depth(24))
+    assert (deep.batch_tokens, deep.weight_decay) == (2**19, pytest.approx(0.05))
+
+    at_reference = scaling.plan_training(NanoChatGPTConfig.from_depth(12, era="head"), era="head")
+    assert at_reference.batch_tokens == 2**19
+    assert at_reference.weight_decay == pytest.approx(0.28, rel=1e-6)
+    deep = scaling.plan_training(NanoChatGPTConfig.from_depth(24, era="head"), era="head")
+    ratio = deep.parameters.scaling / at_reference.parameters.scaling  # about 6: a batch of 2 * 2**19
+    assert deep.batch_tokens == 2**20
+    assert deep.weight_decay == pytest.approx(0.28 * 2**0.5 / ratio, rel=1e-2)
+
+
+def test_accumulation_explains_itself():
+    assert scaling.accumulation_steps(2**19, 32, 2048, 8) == 1
+    assert scaling.accumulation_steps(2**19, 8, 2048, 1) == 32
+    with pytest.raises(ValueError, match=r"3 rows x 2048 tokens x 8 devices = 49,152 .* such as 540,672"):
+        scaling.accumulation_steps(2**19, 3, 2048, 8)
+
+
+def test_devices():
+    assert scaling.known_device("NVIDIA H100 80GB HBM3").bfloat16_flops_per_second == 989.5e12
+    assert scaling.known_device("NVIDIA H100 PCIe").bfloat16_flops_per_second == 756e12
+    assert scaling.known_device("Unheard-of 1") is None
+    assert scaling.native_bfloat16("cpu") in (True, False)
+    assert scaling.matmul_flops_per_second("cpu", torch.float32, seconds=0.05) > 1e8
+
+
+def test_device_batch_is_the_largest_that_fits():
+    config = NanoChatGPTConfig.from_depth(20)
+    run = {"batch_tokens": 2**19, "sequence_length": 2048, "world_size": 8, "dtype": torch.bfloat16}
+    assert scaling.largest_device_batch(config, memory_bytes=76 * 10**9, **run) == 32  # upstream's for 80 GB
+    assert scaling.largest_device_batch(config, memory_bytes=40 * 10**9, **run) == 8
+    assert scaling.largest_device_batch(config, memory_bytes=10**15, **run) == 32  # no accumulation left
+    with pytest.raises(ValueError, match=r"one row of 2048 tokens needs about 10\.5 GB of a device's 2\.0 GB"):
+        scaling.largest_device_batch(config, memory_bytes=2 * 10**9, **run)
+    one, eight = (scaling.memory_per_device(config, 8, 2048, ranks, torch.bfloat16) for ranks in (1, 8))
+    assert eight.pop("optimizer state") == one.pop("optimizer state") // 8
+    assert one == eight
+
+
+def test_plan_prints_parameters_time_and_cost(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", "--depth", "20", "--gpus", "8", "--device", "H100"])
+    plan.main()
+    printed = capsys.readouterr().out
+    for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "29 $", "32 rows x 1"):
+        assert expected in printed
+    monkeypatch.setattr("sys.argv", ["plan", "--device", "abacus"])
+    with pytest.raises(ValueError, match="'abacus', expected one of B200"):
+        plan.main()
