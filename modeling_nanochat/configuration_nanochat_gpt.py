@@ -41,6 +41,25 @@ ERAS: dict[str, dict] = {
     },
 }
 
+# How fresh weights are drawn, by the `init_scheme` that a saved configuration names. Of the scalars: the first layer's
+# value, and how much less the last layer's is.
+INIT_SCHEMES: dict[str, dict] = {
+    "seed": {
+        "embedding_std": 1.0,
+        "up_factor": 1.0,  # on the bound of the other matrices
+        "gate_high": 0.0,  # gates are uniform from 0 to this
+        "resid_lambdas": (1.0, 0.0),
+        "x0_lambdas": (0.1, 0.0),
+    },
+    "head": {
+        "embedding_std": 0.8,
+        "up_factor": 0.4,
+        "gate_high": 0.02,
+        "resid_lambdas": (1.15, 0.10),
+        "x0_lambdas": (0.20, 0.15),
+    },
+}
+
 
 def era_settings(era: str) -> dict:
     """Everything the table says of an era, with what it inherits from the ones before.
@@ -100,7 +119,7 @@ class NanoChatGPTConfig(PreTrainedConfig):
         value_gate_scale: the gate is this times a sigmoid.
         smear_channels: channels the smear gate reads (each embedding takes in some of the previous one); 0 is no smear.
         use_backout: subtract some of the middle layer's output before the last norm.
-        init_scheme: how fresh weights are drawn, "seed" or "head".
+        init_scheme: how fresh weights are drawn, a row of `INIT_SCHEMES`: "seed" or "head".
 
     Source: https://github.com/karpathy/nanochat (the network), arXiv 2410.17897 (value embeddings).
     """
@@ -252,8 +271,8 @@ class NanoChatGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {channels}, expected 1 to hidden_size ({self.hidden_size})")
         if not 0 < self.final_logit_softcapping <= 64:  # the loss takes exp(logit) in float32 as it is
             raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping}, expected above 0, up to 64")
-        if self.init_scheme not in ("seed", "head"):
-            raise ValueError(f"init_scheme is {self.init_scheme!r}, expected 'seed' or 'head'")
+        if self.init_scheme not in INIT_SCHEMES:
+            raise ValueError(f"init_scheme is {self.init_scheme!r}, expected {' or '.join(map(repr, INIT_SCHEMES))}")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is True, expected False: embedding and head have their own weights")
         if self.smear_channels and not self.use_residual_scalars:

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .block_attention import BLOCK_ATTENTION
 from .chunked_cross_entropy import IGNORE_INDEX, chunked_cross_entropy, chunked_token_losses
-from .configuration_nanochat_gpt import NanoChatGPTConfig
+from .configuration_nanochat_gpt import INIT_SCHEMES, NanoChatGPTConfig
 from .decoder_layer import (
     CastLinear,
     MarkedEmbedding,
@@ -98,31 +98,28 @@ class NanoChatGPTPreTrainedModel(PreTrainedModel):
             return super()._init_weights(module)
         if rule == "scalars":
             return self._init_scalars(module)
-        head_scheme = self.config.init_scheme == "head"
+        scheme = INIT_SCHEMES[self.config.init_scheme]
         bound = (3 / self.config.hidden_size) ** 0.5  # a uniform distribution of standard deviation hidden ** -0.5
         if rule == "embedding":
-            init.normal_(module.weight, std=0.8 if head_scheme else 1.0)
+            init.normal_(module.weight, std=scheme["embedding_std"])
         elif rule == "head":
             init.normal_(module.weight, std=0.001)
         elif rule == "input":
             init.uniform_(module.weight, -bound, bound)
         elif rule == "up":
-            bound = 0.4 * bound if head_scheme else bound
+            bound *= scheme["up_factor"]
             init.uniform_(module.weight, -bound, bound)
-        elif rule == "gate" and head_scheme:
-            init.uniform_(module.weight, 0.0, 0.02)
-        else:  # "zero", and the seed's gates
+        elif rule == "gate" and scheme["gate_high"]:
+            init.uniform_(module.weight, 0.0, scheme["gate_high"])
+        else:  # "zero", and gates that start at zero
             init.zeros_(module.weight)
 
     def _init_scalars(self, scalars: ResidualScalars):
         n = self.config.num_hidden_layers
-        if self.config.init_scheme == "head":
-            depth = torch.arange(n) / max(n - 1, 1)  # 0 for the first layer, 1 for the last
-            init.copy_(scalars.resid_lambdas, 1.15 - 0.10 * depth)
-            init.copy_(scalars.x0_lambdas, 0.20 - 0.15 * depth)
-        else:
-            init.constant_(scalars.resid_lambdas, 1.0)
-            init.constant_(scalars.x0_lambdas, 0.1)
+        depth = torch.arange(n) / max(n - 1, 1)  # 0 for the first layer, 1 for the last
+        for name in ("resid_lambdas", "x0_lambdas"):
+            first, fall = INIT_SCHEMES[self.config.init_scheme][name]
+            init.copy_(getattr(scalars, name), first - fall * depth)
         if self.config.smear_channels:
             init.zeros_(scalars.smear_lambda)
         if self.config.use_backout:
