@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORE_INDEX = -100
+from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
+from modeling_nanochat.inference import eval_mode
 
 
 @torch.no_grad()
@@ -33,18 +34,16 @@ def evaluate_bits_per_byte(
     """
     lengths = torch.as_tensor(token_bytes, device=model.device)  # (V,)
     sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # nats, bytes
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        targets = batch["shift_labels"].to(model.device)  # (B, T)
-        mask = batch.get("attention_mask")
-        losses = token_losses(
-            model, batch["input_ids"].to(model.device), targets, None if mask is None else mask.to(model.device)
-        )
-        target_bytes = lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)  # (B, T)
-        sums[0] += (losses.double() * (target_bytes > 0)).sum()
-        sums[1] += target_bytes.sum()
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in batches:
+            targets = batch["shift_labels"].to(model.device)  # (B, T)
+            mask = batch.get("attention_mask")
+            losses = token_losses(
+                model, batch["input_ids"].to(model.device), targets, None if mask is None else mask.to(model.device)
+            )
+            target_bytes = lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)  # (B, T)
+            sums[0] += (losses.double() * (target_bytes > 0)).sum()
+            sums[1] += target_bytes.sum()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     nats, size = sums.tolist()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from modeling_nanochat.eval.sampling import pad_left
+from modeling_nanochat.inference import eval_mode, pad_left
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # upstream's
@@ -267,7 +267,7 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     cache, mask = None, torch.ones((int(counts.sum()), 0), dtype=torch.long, device=device)
     if questions[0].shared:
         prefixes = [question.sequences[0][: question.shared] for question in questions]
-        ids, mask = (x.to(device) for x in pad_left(prefixes, pad_token_id))  # (Q, P)
+        ids, mask = pad_left(prefixes, pad_token_id, device)  # (Q, P)
         cache = DynamicCache(config=model.config)
         places = positions(mask, ids.shape[1])
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
@@ -278,7 +278,7 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     spans = [
         (start - question.shared, end - question.shared) for question in questions for start, end in question.spans
     ]
-    ids, own_mask = (x.to(device) for x in pad_right(rest, pad_token_id))  # (R, T)
+    ids, own_mask = pad_right(rest, pad_token_id, device)  # (R, T)
     mask = torch.cat([mask, own_mask], dim=1)  # (R, P + T)
     output = model.base_model(
         input_ids=ids,
@@ -296,9 +296,11 @@ def score_batch(model: PreTrainedModel, questions: Sequence[Question], pad_token
     return answers
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (rows, longest) int64."""
-    ids, mask = pad_left([row[::-1] for row in rows], pad_token_id)
+    ids, mask = pad_left([row[::-1] for row in rows], pad_token_id, device)
     return ids.flip(1), mask.flip(1)
 
 
@@ -368,13 +370,11 @@ def evaluate_task(
     ranked = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
     batches = make_batches(questions, batch_tokens)[rank::ranks]
-    was_training = model.training
-    model.eval()
     answers: dict[int, Answer] = {}
-    for batch in tqdm(batches, desc=task.label, leave=False, disable=rank > 0):
-        scored = score_batch(model, batch, tokenizer.bos_token_id)
-        answers |= {question.index: answer for question, answer in zip(batch, scored)}
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in tqdm(batches, desc=task.label, leave=False, disable=rank > 0):
+            scored = score_batch(model, batch, tokenizer.bos_token_id)
+            answers |= {question.index: answer for question, answer in zip(batch, scored)}
     if ranked:
         parts: list[dict[int, Answer]] = [{} for _ in range(ranks)]
         dist.all_gather_object(parts, answers)

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_nanochat.eval.intervals import Interval, mean_with_interval
-from modeling_nanochat.eval.sampling import pad_left
 from modeling_nanochat.eval.tasks import multiple_choice
-from modeling_nanochat.tokenization_nanochat_gpt import BOS, encode_text, render_prompt, special_token_ids
+from modeling_nanochat.inference import eval_mode, pad_left
+from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, render_prompt
 
 
 @torch.no_grad()
@@ -37,18 +37,15 @@ def predict_letters(
     """
     prompts = [render_prompt(tokenizer, multiple_choice.to_messages(row)[:1]) for row in rows]
     letters = letter_tokens(tokenizer, max((len(row["choices"]) for row in rows), default=0))
+    pad_token_id = generation_token_ids(tokenizer)["pad_token_id"]
     predictions = [0] * len(rows)
-    was_training = model.training
-    model.eval()
-    for chosen in batches_by_length(prompts, batch_tokens):
-        ids, mask = pad_left([prompts[index] for index in chosen], special_token_ids(tokenizer)[BOS])
-        output = model(
-            ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, logits_to_keep=1
-        ).logits[:, -1]  # (B, V)
-        for index, scores in zip(chosen, output[:, letters].tolist()):
-            choices = range(len(rows[index]["choices"]))
-            predictions[index] = max(choices, key=scores.__getitem__)
-    model.train(was_training)
+    with eval_mode(model):
+        for chosen in batches_by_length(prompts, batch_tokens):
+            ids, mask = pad_left([prompts[index] for index in chosen], pad_token_id, model.device)
+            output = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
+            for index, scores in zip(chosen, output[:, letters].tolist()):
+                choices = range(len(rows[index]["choices"]))
+                predictions[index] = max(choices, key=scores.__getitem__)
     return predictions
 
 

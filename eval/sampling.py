@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.inference import pad_left
+from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 
 
@@ -61,10 +62,11 @@ def generate_batch(
         torch.manual_seed(seed)
         for start in range(0, len(order), prompts_at_once):
             chosen = order[start : start + prompts_at_once]
-            input_ids, attention_mask = pad_left([prompts[index] for index in chosen], config.pad_token_id)
+            rows = [prompts[index] for index in chosen]
+            input_ids, attention_mask = pad_left(rows, config.pad_token_id, model.device)
             output = model.generate(
-                input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                input_ids,
+                attention_mask=attention_mask,
                 generation_config=config,
                 logits_processor=processors,
             )  # (prompts * num_samples, T)
@@ -77,23 +79,12 @@ def generation_config(
     tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_k: int | None, **options: int
 ) -> GenerationConfig:
     """Plain sampling that ends with the assistant's turn: nothing a checkpoint's own settings say gets in."""
-    special = special_token_ids(tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
     return GenerationConfig(
-        bos_token_id=special[BOS],
-        pad_token_id=special[BOS],
-        eos_token_id=[special[ASSISTANT_END], special[BOS]],
+        **generation_token_ids(tokenizer),
         **(sampling if temperature > 0 else {"do_sample": False}),
         **options,
     )
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, longest row) int64."""
-    longest = max(map(len, rows))
-    ids = [[pad_token_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

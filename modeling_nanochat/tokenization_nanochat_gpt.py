@@ -50,6 +50,13 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: vocabulary[token] for token in SPECIAL_TOKENS}
 
 
+def generation_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The ids that decoding goes by, as a configuration names them: what begins a text, what ends the assistant's turn
+    (a model that runs on begins another text), what fills up rows."""
+    ids = special_token_ids(tokenizer)
+    return {"bos_token_id": ids[BOS], "eos_token_id": [ids[ASSISTANT_END], ids[BOS]], "pad_token_id": ids[BOS]}
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of ordinary text: no BOS, and special tokens spelled out in it become plain characters."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -48,7 +48,7 @@ from modeling_nanochat.recipes.conversion.upstream_tokenizer import (
     upstream_encoding,
     write_upstream_tokenizer,
 )
-from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 
 ORIGIN = "upstream"  # folder, inside a converted one, of what only the way back needs
@@ -285,9 +285,7 @@ def write_folder(
     """Everything that `from_pretrained` and the Hub want: weights, configuration, code, tokenizer, model card."""
     if tokenizer is not None:
         check_vocabulary(tokenizer, config)
-        ids = special_token_ids(tokenizer)
-        config.bos_token_id = config.pad_token_id = ids[BOS]
-        config.eos_token_id = [ids[ASSISTANT_END], ids[BOS]]
+        config.update(generation_token_ids(tokenizer))
         tokenizer.save_pretrained(folder)
     # Upstream trains with bfloat16 embeddings beside float32 matrices; the wider of the two loads both exactly.
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})

@@ -32,13 +32,7 @@ from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
-from modeling_nanochat.tokenization_nanochat_gpt import (
-    ASSISTANT_END,
-    BOS,
-    encode_text,
-    special_token_ids,
-    token_bytes,
-)
+from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.documents import DocumentSource, open_documents
 from modeling_nanochat.training.data.packed_rows import PackedRows
@@ -146,7 +140,6 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
 
 def network_config(arguments: PretrainArguments, era: str, tokenizer: PreTrainedTokenizerBase) -> NanoChatGPTConfig:
     """The shape that the depth gives, with the tokenizer's vocabulary and special tokens."""
-    ids = special_token_ids(tokenizer)
     return NanoChatGPTConfig.from_depth(
         arguments.depth,
         vocab_size=len(tokenizer),
@@ -155,9 +148,7 @@ def network_config(arguments: PretrainArguments, era: str, tokenizer: PreTrained
         max_position_embeddings=arguments.sequence_length,
         era=era,
         window_pattern=arguments.window_pattern,
-        bos_token_id=ids[BOS],
-        eos_token_id=[ids[ASSISTANT_END], ids[BOS]],
-        pad_token_id=ids[BOS],
+        **generation_token_ids(tokenizer),
     )
 
 
@@ -307,7 +298,7 @@ class Samples:
         self.taken: list[dict[str, Any]] = []
 
     def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
-        bos = special_token_ids(self.tokenizer)[BOS]
+        bos = self.tokenizer.bos_token_id
         ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
         # On all ranks, which would wait anyway: sharded weights need them all.
         completions = generate_batch(model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=0)

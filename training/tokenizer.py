@@ -19,6 +19,7 @@ import rustbpe
 import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import modeling_nanochat
 from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, SPECIAL_TOKENS, SPLIT_PATTERN
@@ -74,7 +75,7 @@ def tokenizer_from_ranks(
     """A fast tokenizer with exactly the ids that tiktoken gives for `ranks` (token bytes -> id), specials last."""
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"ranks must number the {len(ranks)} tokens from 0 without gaps")
-    letters = byte_alphabet()
+    letters = bytes_to_unicode()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -133,7 +134,7 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tiktoken.Encoding:
     if description["model"]["type"] != "BPE" or len(patterns) != 1 or description["normalizer"] is not None:
         raise ValueError(f"no tiktoken equivalent is known for a tokenizer of this form: {type(tokenizer).__name__}")
     special = {token["content"]: token["id"] for token in description["added_tokens"]}
-    codes = {letter: byte for byte, letter in byte_alphabet().items()}
+    codes = {letter: byte for byte, letter in bytes_to_unicode().items()}
     ranks = {
         bytes(codes[letter] for letter in token): index
         for token, index in description["model"]["vocab"].items()
@@ -165,13 +166,3 @@ class BulkEncoder:
         for blank in re.finditer(r"\s+", text):
             cuts += range(blank.start() + self.LONGEST_BLANK, blank.end(), self.LONGEST_BLANK)
         return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
-
-
-def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's byte-level vocabularies.
-
-    Printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on, in order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(BYTES) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(BYTES + i) for i, byte in enumerate(others)}

@@ -17,7 +17,7 @@ from transformers import (
 
 import modeling_nanochat  # noqa: F401 (registers the network with the Auto classes)
 from modeling_nanochat.recipes.stages.record import Stage
-from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, special_token_ids
+from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.scaling import native_bfloat16
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files
 
@@ -45,11 +45,8 @@ def load_for_inference(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
     """Write everything that loads and chats without this package; each file appears whole. Main process only."""
-    ids = special_token_ids(tokenizer)
     model.config.use_cache = True  # the Trainer turns it off
-    model.generation_config = GenerationConfig(
-        bos_token_id=ids[BOS], eos_token_id=[ids[ASSISTANT_END], ids[BOS]], pad_token_id=ids[BOS]
-    )
+    model.generation_config = GenerationConfig(**generation_token_ids(tokenizer))
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

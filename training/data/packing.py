@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
+
 BUFFER_SIZE = 1000  # documents to choose from (upstream's); more fits better, but mixes the order of documents more
-IGNORE_INDEX = -100  # label of a position without a target
 
 
 @dataclass

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.optimizer.groups import BASE_RATES
@@ -227,11 +228,10 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         """Run the evaluations that are due at this step, in eval mode, and log their figures."""
         metrics: dict[str, float] = {}
         with self._time_aside():
-            self.model.eval()
-            for evaluation in self.evaluations:
-                if evaluation.due(self.state.global_step, self.state.max_steps):
-                    metrics |= evaluation.run(self.model, self.state.global_step)
-            self.model.train()
+            with eval_mode(self.model):
+                for evaluation in self.evaluations:
+                    if evaluation.due(self.state.global_step, self.state.max_steps):
+                        metrics |= evaluation.run(self.model, self.state.global_step)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -28,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from modeling_nanochat import render_prompt
 from modeling_nanochat.chunked_cross_entropy import ChunkedCrossEntropy
+from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.optimizer.schedules import rl_schedules
@@ -129,7 +130,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             raise ValueError("reinforcement does not run under FSDP: sampling needs whole weights on every rank")
         self.rollout_func = self._roll_out
         self.set_up_muon(args.activation_dtype)
-        self.stop_token_ids = {*self.eos_token_ids, processing_class.bos_token_id}
+        self.generation_token_ids = generation_token_ids(processing_class)
         self.param_group_settings = {
             "era": args.era,
             "batch_tokens": scaling.REFERENCE_BATCH_TOKENS,  # upstream's rates do not depend on the batch here
@@ -166,8 +167,8 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             self.accelerator.unwrap_model(self.model),
             prompt_ids,
             uniforms[start : start + len(prompts)],
-            stop_token_ids=self.stop_token_ids,
-            pad_token_id=self.processing_class.pad_token_id,
+            stop_token_ids=self.generation_token_ids["eos_token_id"],
+            pad_token_id=self.generation_token_ids["pad_token_id"],
             logits_processor=self.calculator,
         )
         return prompt_ids, completion_ids
@@ -220,7 +221,6 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         questions = self.eval_dataset if eval_dataset is None else eval_dataset
         if questions is None:
             raise ValueError("there is no eval_dataset: expected held-out questions to evaluate on")
-        self.model.eval()
         samples = self.num_generations_eval
         at_once = max(1, self.args.per_device_eval_batch_size // samples)
         passes = []

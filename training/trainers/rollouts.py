@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from modeling_nanochat.inference import eval_mode, pad_left
+
 # Rows leave the batch when at least this share of it has finished: moving the cache costs about as much as a step.
 FINISHED_SHARE = 1 / 8
 
@@ -53,10 +55,8 @@ def sample_completions(
         )
     position = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
     origin = torch.tensor([position[tuple(prompt)] for prompt in prompts], device=model.device)  # (N,)
-    was_training = model.training
-    model.eval()
-    try:
-        tokens, mask = left_padded(list(position), pad_token_id, model.device)  # (distinct prompts, P)
+    with eval_mode(model):
+        tokens, mask = pad_left(list(position), pad_token_id, model.device)  # (distinct prompts, P)
         output = model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
         output.past_key_values.reorder_cache(origin)
         stop_tokens = torch.tensor(sorted(stop_token_ids), device=model.device)
@@ -64,8 +64,6 @@ def sample_completions(
             model, tokens[origin], mask[origin], output.past_key_values, output.logits[origin, -1],
             uniforms.to(model.device), stop_tokens, logits_processor,
         )  # fmt: skip
-    finally:
-        model.train(was_training)
 
 
 def _decode(model, tokens, mask, cache, scores, uniforms, stop_tokens, logits_processor) -> list[list[int]]:
@@ -104,13 +102,3 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # Rounding may leave the total a little beside 1: the threshold stays below it, so a token is always found.
     threshold = torch.minimum(uniforms[:, None].float() * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
-
-
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and attention mask, both (prompts, longest) int64."""
-    longest = max(map(len, prompts))
-    tokens = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)

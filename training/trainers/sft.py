@@ -26,8 +26,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from modeling_nanochat import render_conversation
+from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
+from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import scaling
-from modeling_nanochat.training.data.packing import IGNORE_INDEX, PackingStats, pack_with_padding
+from modeling_nanochat.training.data.packing import PackingStats, pack_with_padding
 from modeling_nanochat.training.optimizer.schedules import sft_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
 from modeling_nanochat.training.trainers.muon_trainer import MuonArguments, MuonTrainerMixin
@@ -175,14 +177,14 @@ class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Mean loss over all trained-on tokens of the validation rows, the same for any batch size and ranks."""
-        self.model.eval()
         total, count, rows = 0.0, 0, 0
-        for batch in dataloader:
-            targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
-            losses = self.model.token_losses(batch["input_ids"], targets)  # (B, T)
-            counts = (targets != IGNORE_INDEX).sum(dim=1)
-            sums, counts = self.accelerator.gather_for_metrics((losses.sum(dim=1), counts))  # each (rows,)
-            total, count, rows = total + sums.double().sum().item(), count + counts.sum().item(), rows + len(sums)
+        with eval_mode(self.model):
+            for batch in dataloader:
+                targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
+                losses = self.model.token_losses(batch["input_ids"], targets)  # (B, T)
+                counts = (targets != IGNORE_INDEX).sum(dim=1)
+                sums, counts = self.accelerator.gather_for_metrics((losses.sum(dim=1), counts))  # each (rows,)
+                total, count, rows = total + sums.double().sum().item(), count + counts.sum().item(), rows + len(sums)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
