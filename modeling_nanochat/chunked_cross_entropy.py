@@ -132,6 +132,20 @@ def chunked_cross_entropy(
     counted = targets != IGNORE_INDEX
     if num_items is None:
         num_items = counted.sum().clamp(min=1)
+    return chunked_weighted_loss(hidden, weight, targets, counted.float() / num_items, softcap)
+
+
+def chunked_weighted_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor, softcap: float
+) -> torch.Tensor:
+    """Sum over the tokens of token_weight * -log p(target), as a float32 scalar.
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head.
+        targets: (N,) token ids, or IGNORE_INDEX where the token's weight is 0.
+        token_weights: (N,) float32; no gradient flows to them.
+    """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return chunked_token_losses(hidden, weight, targets, softcap).sum() / num_items
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, counted.float() / num_items, softcap)
+        return (chunked_token_losses(hidden, weight, targets, softcap) * token_weights).sum()
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, token_weights, softcap)

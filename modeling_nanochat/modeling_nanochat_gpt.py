@@ -23,7 +23,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_attention import BLOCK_ATTENTION
-from .chunked_cross_entropy import IGNORE_INDEX, chunked_cross_entropy, chunked_token_losses
+from .chunked_cross_entropy import (
+    IGNORE_INDEX,
+    chunked_cross_entropy,
+    chunked_token_losses,
+    chunked_weighted_loss,
+)
 from .configuration_nanochat_gpt import INIT_SCHEMES, NanoChatGPTConfig
 from .decoder_layer import (
     CastLinear,
@@ -438,11 +443,48 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         Returns:
             (B, T) float32 losses in nats, 0 where the target is -100.
         """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        losses = chunked_token_losses(
-            outputs.last_hidden_state.flatten(0, 1),
-            self._whole_head_weight(),
-            targets.flatten(),
-            self.config.final_logit_softcapping,
-        )
+        hidden_states = self.model(input_ids, attention_mask, use_cache=False).last_hidden_state
+        cap = self.config.final_logit_softcapping
+        losses = chunked_token_losses(hidden_states.flatten(0, 1), self._whole_head_weight(), targets.flatten(), cap)
         return losses.view(targets.shape)
+
+    def weighted_loss(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum over all positions of weight * -log p(target), for policy gradients and the like.
+
+        Only what the loss depends on is computed: rows without weight and padding are not read, and the head sees the
+        positions of non-zero weight alone. The price is that the sizes are asked of the device, which waits for it.
+
+        Args:
+            input_ids: (B, T).
+            targets: (B, T), the token after each position.
+            weights: (B, T) of any sign; no gradient flows to them.
+            attention_mask: (B, T), 0 where the input is padding, on the left or on the right; its weights must be 0.
+
+        Returns:
+            float32 scalar in nats. Every parameter gets a gradient, even if all weights are 0.
+
+        Raises:
+            ValueError: a weight that is not 0 where the input is padding.
+        """
+        weights = weights.to(torch.float32)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        elif ((weights != 0) & (attention_mask == 0)).any():
+            raise ValueError("weights are not 0 where attention_mask is: expected no loss after padding")
+        rows = (weights != 0).any(dim=1)
+        rows[0] |= ~rows.any()
+        mask = attention_mask[rows]
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]  # real tokens first
+        input_ids, targets, weights = (x[rows].gather(1, order) for x in (input_ids, targets, weights))
+        hidden_states = self.model(input_ids, use_cache=False).last_hidden_state  # (rows, longest, C)
+        counted = weights != 0
+        cap = self.config.final_logit_softcapping
+        return chunked_weighted_loss(
+            hidden_states[counted], self._whole_head_weight(), targets[counted], weights[counted], cap
+        )

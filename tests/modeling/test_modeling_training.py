@@ -84,6 +84,36 @@ def test_labels_shift_and_shift_labels_do_not():
     torch.testing.assert_close(model(ids, labels=ids, logits_to_keep=0).logits, logits)
 
 
+@pytest.mark.parametrize("era", ["seed", "head"])
+def test_weighted_loss(era):
+    """Its value and gradients are those of the logits of every position, padded rows and rows without weight included;
+    neither is read, and the head only sees the positions of non-zero weight."""
+    model, ids = tiny_model(era), rows(batch=4, length=20)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones_like(ids[:, :-1])
+    mask[0, :6] = mask[2, :3] = mask[2, 17:] = 0  # on the left; on both sides
+    weights = torch.randn(4, 20, generator=generator) * (torch.rand(4, 20, generator=generator) < 0.3) * mask
+    weights[3] = 0
+    log_probabilities = model(ids[:, :-1], attention_mask=mask).logits.log_softmax(-1)
+    expected = -(weights * log_probabilities.gather(-1, ids[:, 1:, None]).squeeze(-1)).sum()
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+    read = []
+    model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
+    shuffled = torch.where(mask == 1, ids[:, :-1], 95)  # what padding holds makes no difference
+    loss = model.weighted_loss(shuffled, ids[:, 1:], weights, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), expected_gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert read == [(3, 20)]
+    with torch.no_grad():
+        torch.testing.assert_close(model.weighted_loss(shuffled, ids[:, 1:], weights, mask), loss.detach())
+    model.weighted_loss(shuffled[2:3], ids[2:3, 1:], weights[2:3], mask[2:3])
+    assert read[-1] == (1, 14)
+    with pytest.raises(ValueError, match="weights are not 0 where attention_mask is"):
+        model.weighted_loss(shuffled, ids[:, 1:], torch.ones_like(weights), mask)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest number of elements any operation returned."""
 

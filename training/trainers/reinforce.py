@@ -8,8 +8,8 @@ were not sampled: the network reads them, but they carry no loss.
 
 GRPOTrainer at these settings has the same gradient (a test holds the two equal). `_compute_loss` is written out
 because it then says what it is, and costs less: samples whose question was answered alike by all have advantage zero
-and are not run at all, rows carry no left padding, and the head only sees tokens with loss. The price is that the loss
-reads the network's hidden states, so it works for the networks of this package.
+and are not run at all, rows carry no left padding, and the head only sees tokens with loss. The price is that it takes
+a network with `weighted_loss`: those of this package.
 
 The samples of a step depend on the seed and the step alone: any number of ranks draws the same ones.
 """
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from modeling_nanochat import render_prompt
-from modeling_nanochat.chunked_cross_entropy import ChunkedCrossEntropy
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
@@ -193,21 +193,14 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
 
         The optimizer averages gradients over ranks, so a rank divides by its share of the number.
         """
-        num_sampled = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
+        real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         sampled = inputs["completion_mask"] * inputs["tool_mask"]  # (B, C), 0 where the calculator wrote
-        weights = sampled * inputs["advantages"].unsqueeze(1) / num_sampled  # (B, C)
-        tokens, weights = rows_with_loss(inputs, weights)  # both (rows, T)
+        num_sampled = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        weights = sampled * inputs["advantages"].unsqueeze(1) / num_sampled
+        weights = F.pad(weights, (inputs["prompt_ids"].shape[1] - 1, 0))  # (B, P + C - 1), of each next token
         model = self.accelerator.unwrap_model(model)
-        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state  # (rows, T-1, hidden)
-        targets, weights = tokens[:, 1:], weights[:, 1:]
-        counted = weights != 0
-        return ChunkedCrossEntropy.apply(
-            hidden[counted],
-            model.get_output_embeddings().weight,
-            targets[counted],
-            weights[counted],
-            model.config.final_logit_softcapping,
-        )
+        return model.weighted_loss(tokens[:, :-1], tokens[:, 1:], weights, real[:, :-1])
 
     # ---------------------------------------------------------------- pass@k
 
@@ -238,25 +231,3 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         self.log(dict(metrics))  # which adds the epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def rows_with_loss(inputs: dict[str, torch.Tensor], weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network has to read: the rows that carry loss, without left padding, no longer than the longest.
-
-    Args:
-        inputs: `prompt_ids`, `prompt_mask` (B, P) padded on the left, `completion_ids`, `completion_mask` (B, C) padded
-            on the right.
-        weights: (B, C) weight of each completion token in the loss.
-
-    Returns:
-        Tokens and the weight of each, both (rows, T); one row of weight 0 if none carries loss, as every rank needs a
-        gradient.
-    """
-    tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, P + C)
-    real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    weights = torch.cat([torch.zeros_like(inputs["prompt_ids"], dtype=weights.dtype), weights], dim=1)
-    kept = (weights != 0).any(dim=1)
-    kept[0] |= ~kept.any()
-    tokens, real, weights = tokens[kept], real[kept], weights[kept]
-    order = real.argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(dim=1).max())]  # real tokens first
-    return tokens.gather(1, order), weights.gather(1, order)
