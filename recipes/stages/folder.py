@@ -2,6 +2,8 @@
 which of the checkpoints in it a run goes on from."""
 
 import shutil
+import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 import modeling_nanochat  # noqa: F401 (registers the network with the Auto classes)
+from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.scaling import native_bfloat16
@@ -40,7 +43,16 @@ def load_for_inference(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     device = PartialState().device
     if native_bfloat16(device):
         network.set_activation_dtype(torch.bfloat16)
-    return network.to(device).eval(), tokenizer
+    network = network.to(device).eval()
+    say_once(choose_attention(network))
+    return network, tokenizer
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """On the main process, and not where answers go."""
+    if PartialState().is_main_process:
+        print(sentence, file=sys.stderr)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AttentionInterface
 from transformers.integrations import flash_attention
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_DEVICES
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, choose_attention
+from modeling_nanochat.attention_choice import attention_candidates
 from modeling_nanochat.block_attention import BLOCK_ATTENTION, block_attention, block_attention_backward
 
 
@@ -108,18 +111,88 @@ def test_flash_kernels_get_the_window_that_sdpa_masks(monkeypatch):
     assert windows == [17, 17, 17, None]
 
 
-def test_the_choice_tries_the_kernel_and_says_why():
+def register_stand_ins():
+    """Kernels with the faults that kernels have: they fail when called, have no windows, or no backward pass."""
+
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel image is available\nfor execution")
 
-    AttentionInterface.register("broken_kernel", broken)
+    def windowless(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return obvious_attention(query, key, value, scaling, query.shape[2]), None
+
+    def forward_only(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+        inputs = (x.detach() for x in (query, key, value))
+        return obvious_attention(*inputs, scaling, sliding_window or query.shape[2]), None
+
+    for kernel in (broken, windowless, forward_only):
+        AttentionInterface.register(kernel.__name__, kernel)
+
+
+def test_the_choice_tries_the_kernel_and_says_why():
+    register_stand_ins()
     model = tiny_model("seed", None)
     assert model.config._attn_implementation == ("sdpa" if torch.cuda.is_available() else BLOCK_ATTENTION)
-    sentence = choose_attention(model, ["broken_kernel", "sdpa"])
+    sentence = choose_attention(model, training=True, candidates=["broken", "windowless", "forward_only", "sdpa"])
     assert model.config._attn_implementation == "sdpa"
-    assert "broken_kernel failed (RuntimeError: no kernel image is available)" in sentence
-    assert "window_pattern L" in sentence
-    with pytest.raises(ValueError, match="tried \\['broken_kernel'\\]"):
-        choose_attention(model, ["broken_kernel"])
-    assert choose_attention(model.cpu()) == f"Attention: {BLOCK_ATTENTION} on cpu."
+    assert sentence.startswith(
+        "Attention: sdpa on cpu, because broken failed (RuntimeError: no kernel image is available)"
+    )
+    assert "windowless failed (ValueError: its output is not SDPA's, off by" in sentence
+    assert "forward_only failed (RuntimeError" in sentence
+    assert "window_pattern L trains faster" in sentence
+    with pytest.raises(ValueError, match="tried \\['broken'\\]"):
+        choose_attention(model, candidates=["broken"])
+
+
+def test_inference_asks_for_no_backward_pass():
+    register_stand_ins()
+    model = tiny_model("head", "sdpa").eval()
+    with torch.no_grad():
+        assert choose_attention(model, candidates=["forward_only"]) == "Attention: forward_only on cpu."
+    assert choose_attention(model, candidates=["windowless", "sdpa"]).endswith("of it).")  # nothing of training
+    plain = tiny_model("launch", "sdpa")
+    assert choose_attention(plain, candidates=["windowless", "sdpa"]) == "Attention: windowless on cpu."
+
+
+def test_a_choice_leaves_model_and_random_state_alone(monkeypatch):
+    """A fresh network too, whose attention adds nothing yet; and one dtype is tried, that of the activations."""
+    register_stand_ins()
+    model = NanoChatGPTForCausalLM(tiny_model("seed", None).config)
+    model.set_activation_dtype(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    sentence = choose_attention(model, training=True, candidates=["windowless", BLOCK_ATTENTION])
+    assert torch.rand(1).equal(expected)
+    assert sentence.startswith(f"Attention: {BLOCK_ATTENTION} on cpu, because windowless failed")
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+    def no_trial(*args):
+        raise AssertionError("a trial where there is nothing to choose")
+
+    monkeypatch.setattr("modeling_nanochat.attention_choice.Trial", no_trial)
+    assert choose_attention(model, training=True) == f"Attention: {BLOCK_ATTENTION} on cpu."
+
+
+@pytest.mark.parametrize(
+    "device, capability, hip, training, expected",
+    [
+        ("cuda", (10, 0), None, True, ["flash_attention_4", "flash_attention_2", "flex_attention", "sdpa"]),
+        ("cuda", (9, 0), None, True, [f"flash_attention_{n}" for n in (3, 4, 2)] + ["flex_attention", "sdpa"]),
+        ("cuda", (9, 0), None, False, [*(f"flash_attention_{n}" for n in (3, 4, 2)), "sdpa"]),
+        ("cuda", (8, 9), None, True, ["flash_attention_2", "flex_attention", "sdpa"]),
+        ("cuda", (7, 5), None, False, ["sdpa"]),
+        ("cuda", (9, 4), "6.2", True, ["flash_attention_2", "flex_attention", "sdpa"]),
+        ("mps", None, None, True, ["kernels-community/metal-flash-sdpa", "sdpa"]),
+        ("cpu", None, None, True, [BLOCK_ATTENTION]),
+    ],
+)
+def test_candidates(monkeypatch, device, capability, hip, training, expected):
+    """All are names that Transformers knows, or its kernels on the Hub for that device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert list(attention_candidates(torch.device(device), windowed=True, training=training)) == expected
+    for name in expected:
+        assert name in ALL_ATTENTION_FUNCTIONS.valid_keys() or device in FLASH_ATTN_KERNEL_DEVICES[name]

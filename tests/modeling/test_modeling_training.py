@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, chunked_cross_entropy
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, choose_attention, chunked_cross_entropy
 
 
 def tiny_config(era="seed", depth=3, **overrides):
@@ -168,7 +168,7 @@ def test_the_training_forward_is_one_graph_for_all_steps(era, implementation):
     """No graph break, no recompilation when weights and tokens change, and the numbers are eager's."""
     torch._dynamo.reset()
     model = tiny_model(era, depth=2)
-    model.set_attn_implementation(implementation)
+    choose_attention(model, training=True, candidates=[implementation])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     for step in range(2):
         ids = (rows() + step) % 96

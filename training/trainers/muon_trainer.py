@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainingArguments
 
+from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
@@ -85,7 +86,9 @@ class MuonTrainerMixin:
 
     def set_up_muon(self, activation_dtype: str) -> None:
         self.activation_dtype = choose_activation_dtype(activation_dtype, self.args.device)
-        self.accelerator.unwrap_model(self.model).set_activation_dtype(self.activation_dtype)
+        model = self.accelerator.unwrap_model(self.model)
+        model.set_activation_dtype(self.activation_dtype)
+        self.accelerator.print(choose_attention(model, self.args.device, training=True))
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
