@@ -128,7 +128,9 @@ def optimizer_step(arguments: OptimizerArguments, plain: bool, compiled: bool) -
     model = build_model(arguments)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    groups = build_param_groups(model, batch_tokens=arguments.rows * arguments.sequence_length)
+    batch_tokens = arguments.rows * arguments.sequence_length
+    decay = scaling.scaled_weight_decay(model.config, batch_tokens)
+    groups = build_param_groups(model, batch_tokens=batch_tokens, weight_decay=decay)
     optimizer = PlainOptimizer(groups, compiled) if plain else MuonAdamW(groups, compile=compiled)
     return optimizer.step, model.model.layers[-1].mlp.down_proj.weight
 

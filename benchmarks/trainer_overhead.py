@@ -20,9 +20,11 @@ from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.optimizer.eras import pretraining_schedules
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
-from modeling_nanochat.training.optimizer.schedules import GroupScheduler, pretraining_schedules
+from modeling_nanochat.training.optimizer.schedules import GroupScheduler
+from modeling_nanochat.training.scaling import scaled_weight_decay
 from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 VOCABULARY, HEAD_DIM = 4096, 64
@@ -64,7 +66,9 @@ class StepTimes(TrainerCallback):
 
 def bare_loop(model: NanoChatGPTForCausalLM, rows: RowLoader, steps: int) -> list[float]:
     """The moments at which optimizer steps end, in the shortest loop that does the same work."""
-    optimizer = MuonAdamW(build_param_groups(model, batch_tokens=rows.rows * rows.sequence_length))
+    batch_tokens = rows.rows * rows.sequence_length
+    decay = scaled_weight_decay(model.config, batch_tokens)
+    optimizer = MuonAdamW(build_param_groups(model, batch_tokens=batch_tokens, weight_decay=decay))
     scheduler = GroupScheduler(optimizer, steps, **pretraining_schedules())
     times, batches = [], iter(rows)
     for _ in range(steps):

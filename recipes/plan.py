@@ -30,11 +30,12 @@ class PlanArguments:
     era: str = field(default="seed", metadata={"help": "Network and optimizer of upstream's 'seed' or 'head'."})
     vocab_size: int = field(default=32768, metadata={"help": "Tokens of the vocabulary."})
     head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
+    aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
     sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
     window_pattern: str | None = field(default=None, metadata={"help": "Letters S and L; by default the era's."})
     total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a step over all devices."})
-    tokens_per_parameter: float = field(
-        default=scaling.TOKENS_PER_PARAMETER, metadata={"help": "Horizon: tokens for each scaling parameter."}
+    tokens_per_parameter: float | None = field(
+        default=None, metadata={"help": "Horizon: tokens for each scaling parameter; by default the era's."}
     )
     target_flops: float | None = field(default=None, metadata={"help": "Horizon: a budget of FLOPs."})
     max_steps: int | None = field(default=None, metadata={"help": "Horizon: a number of optimizer steps."})
@@ -54,6 +55,7 @@ def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.Traini
         arguments.depth,
         vocab_size=arguments.vocab_size,
         head_dim=arguments.head_dim,
+        aspect_ratio=arguments.aspect_ratio,
         max_position_embeddings=arguments.sequence_length,
         era=arguments.era,
         window_pattern=arguments.window_pattern,
@@ -61,6 +63,7 @@ def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.Traini
     plan = scaling.plan_training(
         config,
         era=arguments.era,
+        aspect_ratio=arguments.aspect_ratio,
         batch_tokens=arguments.total_batch_tokens,
         max_steps=arguments.max_steps,
         target_flops=arguments.target_flops,
@@ -125,7 +128,7 @@ def table_of_depths(arguments: PlanArguments) -> str:
         config, plan = plan_of(replace(arguments, depth=depth))
         counts = plan.parameters
         parts = (counts.token_embedding, counts.value_embeddings, counts.matrices, counts.head, counts.total)
-        attention = 1 - 6 * counts.scaling / plan.flops_per_token
+        attention = 1 - 6 * scaling.multiplying_parameters(config) / plan.flops_per_token
         cells = [str(depth), str(config.hidden_size), str(config.num_attention_heads)]
         cells += [f"{part / 1e6:,.1f} M" for part in parts]
         cells += [f"{plan.flops_per_token / 1e9:.2f}", f"{attention:.0%}"]

@@ -68,8 +68,8 @@ class PretrainArguments:
     total_batch_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of an optimizer step over all devices; by default the era's rule."}
     )
-    tokens_per_parameter: float = field(
-        default=scaling.TOKENS_PER_PARAMETER, metadata={"help": "Horizon: tokens for each scaling parameter."}
+    tokens_per_parameter: float | None = field(
+        default=None, metadata={"help": "Horizon: tokens for each scaling parameter; by default the era's."}
     )
     target_flops: float | None = field(default=None, metadata={"help": "Horizon instead: a budget of FLOPs."})
     max_minutes: float | None = field(
@@ -192,7 +192,11 @@ def set_run(
     A run that is resumed keeps the number of steps it began with, whatever this machine would do in the same minutes.
     """
     make_plan = partial(
-        scaling.plan_training, network, era=config.era, tokens_per_parameter=arguments.tokens_per_parameter
+        scaling.plan_training,
+        network,
+        era=config.era,
+        aspect_ratio=arguments.aspect_ratio,
+        tokens_per_parameter=arguments.tokens_per_parameter,
     )
     plan = make_plan(
         batch_tokens=arguments.total_batch_tokens,

@@ -14,14 +14,7 @@ import torch
 
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
-
-TOKENS_PER_PARAMETER = 10.5  # upstream's compute-optimal ratio of tokens to scaling parameters (block matrices + head)
-REFERENCE_BATCH_TOKENS = 2**19  # the batch at which upstream tuned the base learning rates
-REFERENCE_DEPTH = 12  # the depth at which upstream tuned the weight decay (and, head era, the batch)
-BATCH_EXPONENT = 0.383  # best batch ~ tokens^0.383 (Power Lines, arXiv 2505.13738), head era
-SEED_WEIGHT_DECAY = 0.2  # at the reference depth, then ~ 1/depth^2 (upstream's sweep, January 2026)
-HEAD_WEIGHT_DECAY = 0.28  # at the reference batch and horizon, head era
-
+from modeling_nanochat.training.optimizer.eras import REFERENCE_BATCH_TOKENS, REFERENCE_DEPTH, optimizer_era
 
 # ---------------------------------------------------------------- parameters and FLOPs
 
@@ -70,13 +63,17 @@ def count_parameters(config: NanoChatGPTConfig) -> ParameterCounts:
 def flops_per_token(config: NanoChatGPTConfig, sequence_length: int | None = None) -> int:
     """Floating point operations of training on one token, forward and backward.
 
-    6 for every parameter that multiplies (all but embeddings and scalars), and 12 * heads * head_dim for every position
-    a layer looks back on; a windowed layer counts its window, not the sequence.
+    6 for every parameter that multiplies, and 12 * heads * head_dim for every position a layer looks back on; a
+    windowed layer counts its window, not the sequence.
     """
     length = sequence_length or config.max_position_embeddings
-    counts = count_parameters(config)
     seen = sum(length if window is None else min(window, length) for window in attention_windows(config))
-    return 6 * counts.scaling + 12 * config.num_attention_heads * config.head_dim * seen
+    return 6 * multiplying_parameters(config) + 12 * config.num_attention_heads * config.head_dim * seen
+
+
+def multiplying_parameters(config: NanoChatGPTConfig) -> int:
+    """The scaling parameters, and the smear's gate: it multiplies tokens too, but the horizon does not count it."""
+    return count_parameters(config).scaling + config.smear_channels
 
 
 def attention_windows(config: NanoChatGPTConfig) -> list[int | None]:
@@ -113,26 +110,36 @@ def plan_training(
     config: NanoChatGPTConfig,
     *,
     era: str = "seed",
+    aspect_ratio: int = 64,
     sequence_length: int | None = None,
     batch_tokens: int | None = None,
     max_steps: int | None = None,
     target_flops: float | None = None,
-    tokens_per_parameter: float = TOKENS_PER_PARAMETER,
+    tokens_per_parameter: float | None = None,
 ) -> TrainingPlan:
     """Set a run from a model's shape.
 
     The horizon is `max_steps` if given, else `target_flops` if given, else `tokens_per_parameter` tokens for each
-    scaling parameter. The batch is `batch_tokens` if given, else upstream's for that era: a constant (seed), or one
-    that grows with the horizon (head).
+    scaling parameter. The batch is `batch_tokens` if given, else the era's for the horizon of that ratio; the decay is
+    always that of the ratio's horizon, however many steps are made.
+
+    Args:
+        config: the network.
+        era: a row of `OPTIMIZER_ERAS`.
+        aspect_ratio: what `config` was made with; the reference network is made with the same.
+        tokens_per_parameter: by default the era's.
 
     Raises:
         ValueError: a horizon of less than one optimizer step.
     """
     parameters, flops = count_parameters(config), flops_per_token(config, sequence_length)
-    tokens = tokens_per_parameter * parameters.scaling if target_flops is None else target_flops / flops
-    reference_tokens = tokens_per_parameter * reference_parameters(config, era)
+    ratio = optimizer_era(era).tokens_per_parameter if tokens_per_parameter is None else tokens_per_parameter
+    if not ratio > 0:
+        raise ValueError(f"tokens_per_parameter is {ratio}, expected more than 0")
+    horizon_ratio = reference_parameters(config, aspect_ratio) / parameters.scaling
     if batch_tokens is None:
-        batch_tokens = best_batch_tokens(tokens, reference_tokens) if era == "head" else REFERENCE_BATCH_TOKENS
+        batch_tokens = best_batch_tokens(horizon_ratio, era)
+    tokens = int(ratio * parameters.scaling) if target_flops is None else target_flops / flops
     if max_steps is not None:
         tokens = max_steps * batch_tokens
     # Upstream rounds a FLOP budget to the nearest step and a token ratio down.
@@ -142,25 +149,27 @@ def plan_training(
             f"the horizon of {tokens:,.0f} tokens is shorter than one batch of {batch_tokens:,} tokens; expected at "
             "least one optimizer step: lower the batch or lengthen the horizon"
         )
-    weight_decay = (
-        head_weight_decay(batch_tokens, tokens, reference_tokens)
-        if era == "head"
-        else seed_weight_decay(config.num_hidden_layers)
-    )
+    weight_decay = scaled_weight_decay(config, batch_tokens, era=era, aspect_ratio=aspect_ratio)
     return TrainingPlan(parameters, flops, batch_tokens, steps, weight_decay)
 
 
-def reference_parameters(config: NanoChatGPTConfig, era: str) -> int:
-    """Scaling parameters of the depth at which batch and decay were tuned, with the vocabulary of `config`."""
+def reference_parameters(config: NanoChatGPTConfig, aspect_ratio: int) -> int:
+    """Scaling parameters of the network at which batch and decay were tuned: depth 12, otherwise like this one."""
     reference = NanoChatGPTConfig.from_depth(
-        REFERENCE_DEPTH, vocab_size=config.vocab_size, head_dim=config.head_dim, era=era
+        REFERENCE_DEPTH,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+        aspect_ratio=aspect_ratio,
+        use_value_embeddings=config.use_value_embeddings,
+        value_gate_channels=config.value_gate_channels,
     )
     return count_parameters(reference).scaling
 
 
-def best_batch_tokens(tokens: float, reference_tokens: float) -> int:
-    """The batch for a horizon of `tokens`: it grows with its power 0.383, rounded to a power of two."""
-    best = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
+def best_batch_tokens(horizon_ratio: float, era: str) -> int:
+    """The era's batch for a horizon, of which the reference's is `horizon_ratio` times: it grows with a power of the
+    tokens, rounded to a power of two."""
+    best = REFERENCE_BATCH_TOKENS * horizon_ratio ** -optimizer_era(era).batch_exponent
     return 2 ** round(math.log2(best))
 
 
@@ -169,15 +178,14 @@ def learning_rate_scale(batch_tokens: int) -> float:
     return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
 
 
-def seed_weight_decay(depth: int) -> float:
-    """Muon's weight decay of the seed era: 0.2 at depth 12, and as one over the depth squared."""
-    return SEED_WEIGHT_DECAY * (REFERENCE_DEPTH / depth) ** 2
-
-
-def head_weight_decay(batch_tokens: int, tokens: float, reference_tokens: float) -> float:
-    """Muon's weight decay of the head era: keeps batch / (rate * decay * tokens) constant (arXiv 2405.13698), where
-    the rate grows as the square root of the batch."""
-    return HEAD_WEIGHT_DECAY * math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS) * reference_tokens / tokens
+def scaled_weight_decay(
+    config: NanoChatGPTConfig, batch_tokens: int, *, era: str = "seed", aspect_ratio: int = 64
+) -> float:
+    """Muon's weight decay at the first step, by the era's rule for the horizon of its ratio."""
+    row = optimizer_era(era)
+    horizon_ratio = reference_parameters(config, aspect_ratio) / count_parameters(config).scaling
+    batch_ratio = batch_tokens / REFERENCE_BATCH_TOKENS
+    return row.decay_rule(row.weight_decay, config.num_hidden_layers, batch_ratio, horizon_ratio)
 
 
 def accumulation_steps(batch_tokens: int, device_batch_size: int, sequence_length: int, world_size: int) -> int:

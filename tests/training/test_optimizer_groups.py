@@ -15,7 +15,7 @@ def build_model(era: str) -> NanoChatGPTForCausalLM:
 
 
 def by_name(model, **settings) -> dict[str, dict]:
-    groups = build_param_groups(model, **settings)
+    groups = build_param_groups(model, **({"weight_decay": 0.3} | settings))
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {group["name"]: group | {"names": [names[p] for p in group["params"]]} for group in groups}
 
@@ -36,7 +36,7 @@ def test_the_seed_eras_groups():
         assert groups[name]["lr"] == pytest.approx(lr * batch) and groups[name]["betas"] == betas
         assert not groups[name]["use_muon"] and groups[name]["weight_decay"] == 0 and groups[name]["eps"] == 1e-10
     matrices = groups["matrices"]
-    assert matrices["lr"] == pytest.approx(0.02 * batch) and matrices["weight_decay"] == pytest.approx(0.2 * 16)
+    assert matrices["lr"] == pytest.approx(0.02 * batch) and matrices["weight_decay"] == 0.3
     assert any("value_gate" in name for name in matrices["names"]) and len(matrices["names"]) == 3 * 6 + 2
 
 
@@ -50,14 +50,23 @@ def test_the_head_eras_groups():
     assert len(groups["smear_backout"]["names"]) == 3
     matrices = groups["matrices"]
     assert matrices["beta2"] == 0.9 and matrices["row_equilibration"] and matrices["frobenius_renormalization"]
-    assert matrices["weight_decay"] == 0.28
+
+
+@pytest.mark.parametrize("era", ["seed", "head"])
+def test_smear_and_backout_have_a_constant_rate(era):
+    """Neither the batch, nor the width, nor `scalar_lr` scales it; the fraction that finetuning takes of all rates
+    does."""
+    groups = by_name(build_model("head"), era=era, batch_tokens=2**9, scalar_lr=3.0)
+    assert groups["smear_backout"]["lr"] == 0.2
+    lowered = by_name(build_model("head"), era=era, batch_tokens=2**9, init_lr_frac=0.05)
+    assert lowered["smear_backout"]["lr"] == 0.2 * 0.05
 
 
 @pytest.mark.parametrize("model_era", ["launch", "lambdas", "seed", "head"])
 @pytest.mark.parametrize("era", ["seed", "head"])
 def test_every_parameter_of_every_era_has_one_group(model_era, era):
     model = build_model(model_era)
-    groups = build_param_groups(model, era=era, batch_tokens=1024)
+    groups = build_param_groups(model, era=era, batch_tokens=1024, weight_decay=0.0)
     taken = [parameter for group in groups for parameter in group["params"]]
     assert len(taken) == len(set(taken)) == len(list(model.parameters()))
     MuonAdamW(groups)
@@ -82,10 +91,10 @@ def test_frozen_parameters_are_left_out():
 def test_what_the_table_does_not_know_is_refused():
     model = build_model("seed")
     with pytest.raises(ValueError, match="no such base rate: embeding_lr; expected unembedding_lr, embedding_lr"):
-        build_param_groups(model, batch_tokens=1024, embeding_lr=0.2)
+        build_param_groups(model, batch_tokens=1024, weight_decay=0.0, embeding_lr=0.2)
     with pytest.raises(ValueError, match="era is 'launch', expected one of seed, head"):
-        build_param_groups(model, era="launch", batch_tokens=1024)
+        build_param_groups(model, era="launch", batch_tokens=1024, weight_decay=0.0)
     model.extra = model.lm_head
     model.lm_head = None
     with pytest.raises(ValueError, match=r"no group of the optimizer takes extra\.weight"):
-        build_param_groups(model, batch_tokens=1024)
+        build_param_groups(model, batch_tokens=1024, weight_decay=0.0)

@@ -1,4 +1,7 @@
-"""The depth dial: formulas equal what real models hold, upstream's published figures come out, errors explain."""
+"""The depth dial: formulas equal what real models hold, upstream's own plans come out exactly, errors explain."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.recipes import plan
 from modeling_nanochat.training import scaling
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
 SHAPES = [
     {"depth": 4, "era": "seed", "head_dim": 64},
     {"depth": 3, "era": "seed", "head_dim": 64, "num_key_value_heads": 1},
@@ -58,19 +62,53 @@ def test_horizon_ratio_flops_steps():
     assert scaling.plan_training(config, max_steps=7, target_flops=1e18, batch_tokens=4096).tokens == 7 * 4096
     with pytest.raises(ValueError, match=r"shorter than one batch of 524,288 tokens"):
         scaling.plan_training(NanoChatGPTConfig.from_depth(1, vocab_size=64), tokens_per_parameter=0.01)
+    with pytest.raises(ValueError, match="tokens_per_parameter is 0, expected more than 0"):
+        scaling.plan_training(config, tokens_per_parameter=0)
 
 
-def test_eras_set_batch_and_decay():
-    deep = scaling.plan_training(NanoChatGPTConfig.from_depth(24))
-    assert (deep.batch_tokens, deep.weight_decay) == (2**19, pytest.approx(0.05))
+GOLDEN_PLANS = [
+    pytest.param(
+        case["era"], case["vocab_size"], plan, case["tokens_per_parameter"], id=f"{case['era']}-{plan['depth']}"
+    )
+    for case in (json.loads((GOLDEN / f"{era}.json").read_text()) for era in ("seed", "head"))
+    for plan in case["plans"]
+]
 
-    at_reference = scaling.plan_training(NanoChatGPTConfig.from_depth(12, era="head"), era="head")
-    assert at_reference.batch_tokens == 2**19
-    assert at_reference.weight_decay == pytest.approx(0.28, rel=1e-6)
-    deep = scaling.plan_training(NanoChatGPTConfig.from_depth(24, era="head"), era="head")
-    ratio = deep.parameters.scaling / at_reference.parameters.scaling  # about 6: a batch of 2 * 2**19
-    assert deep.batch_tokens == 2**20
-    assert deep.weight_decay == pytest.approx(0.28 * 2**0.5 / ratio, rel=1e-2)
+
+@pytest.mark.parametrize(("era", "vocab_size", "expected", "ratio"), GOLDEN_PLANS)
+def test_plans_equal_upstreams_exactly(era, vocab_size, expected, ratio):
+    config = NanoChatGPTConfig.from_depth(expected["depth"], era=era, vocab_size=vocab_size)
+    plan = scaling.plan_training(config, era=era)
+    counts = plan.parameters
+    assert expected["parameters"] == {
+        "wte": counts.token_embedding,
+        "value_embeds": counts.value_embeddings,
+        "lm_head": counts.head,
+        "transformer_matrices": counts.matrices,
+        "scalars": counts.scalars,
+        "total": counts.total,
+    }
+    assert counts.scaling == expected["scaling_parameters"]
+    assert plan.flops_per_token == expected["flops_per_token"]
+    assert (plan.batch_tokens, plan.steps) == (expected["batch_tokens"], expected["steps"])
+    assert plan.steps == ratio * counts.scaling // plan.batch_tokens
+    assert scaling.learning_rate_scale(plan.batch_tokens) == expected["learning_rate_scale"]
+    assert plan.weight_decay == expected["weight_decay"]
+
+
+@pytest.mark.parametrize("horizon", [{"max_steps": 7}, {"target_flops": 1e19}])
+def test_decay_and_batch_are_those_of_the_ratio_whatever_the_number_of_steps(horizon):
+    config = NanoChatGPTConfig.from_depth(20, era="head")
+    by_ratio, other = (scaling.plan_training(config, era="head", **given) for given in ({}, horizon))
+    assert other.steps != by_ratio.steps
+    assert (other.batch_tokens, other.weight_decay) == (by_ratio.batch_tokens, by_ratio.weight_decay)
+
+
+def test_the_reference_has_the_runs_own_proportions():
+    """A run of depth 12 is its own reference, whatever its aspect ratio, head width and vocabulary."""
+    proportions = {"aspect_ratio": 20, "head_dim": 64, "vocab_size": 512}
+    config = NanoChatGPTConfig.from_depth(12, era="head", **proportions)
+    assert scaling.plan_training(config, era="head", aspect_ratio=20).weight_decay == 0.28
 
 
 def test_accumulation_explains_itself():

@@ -7,13 +7,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from modeling_nanochat.training.optimizer.eras import pretraining_schedules
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
-from modeling_nanochat.training.optimizer.schedules import (
-    GroupScheduler,
-    pretraining_schedules,
-    rl_schedules,
-    sft_schedules,
-)
+from modeling_nanochat.training.optimizer.schedules import GroupScheduler, rl_schedules, sft_schedules
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training" / "2026_01_seed_float32" / "case.json"
 
@@ -47,7 +43,7 @@ def test_seed_schedules_equal_upstreams():
     case = json.loads(GOLDEN.read_text())
     schedules = pretraining_schedules(
         "seed",
-        warmup_ratio=case["warmup_ratio"],
+        warmup_steps=case["warmup_ratio"],
         warmdown_ratio=case["warmdown_ratio"],
         final_lr_frac=case["final_lr_frac"],
     )
@@ -65,7 +61,7 @@ def test_warmdown_ends_at_the_final_fraction():
 
 
 def test_head_momentum_rises_stays_and_falls_and_decay_follows_a_cosine():
-    schedules = pretraining_schedules("head")
+    schedules = pretraining_schedules("head", warmdown_ratio=0.5)
     momentum = [schedules["momentum_schedule"](step, 1000) for step in range(1001)]
     assert [momentum[0], momentum[200]] == pytest.approx([0.85, 0.91])
     assert momentum[400:501] == pytest.approx([0.97] * 101)
@@ -87,7 +83,7 @@ def test_rl_falls_linearly_from_the_start():
 
 
 def test_a_resumed_scheduler_goes_on_where_it_was(tmp_path):
-    schedules = pretraining_schedules("seed", warmup_ratio=0.3)
+    schedules = pretraining_schedules("seed", warmup_steps=0.3)
     optimizer = build_optimizer()
     scheduler = GroupScheduler(optimizer, 10, **schedules)
     for _ in range(6):
@@ -109,12 +105,22 @@ def test_a_resumed_scheduler_goes_on_where_it_was(tmp_path):
             each.step()
 
 
-@pytest.mark.parametrize("ratios", [{"warmup_ratio": 0.6, "warmdown_ratio": 0.6}, {"warmup_ratio": -0.1}])
-def test_ratios_that_are_no_shares_of_a_run_are_refused(ratios):
-    with pytest.raises(ValueError, match="shares of a run"):
-        pretraining_schedules("seed", **ratios)
+def test_a_counted_warmup_may_reach_into_the_warmdown_of_a_short_run():
+    rates = [entry["lr"] for entry in applied(pretraining_schedules("head"), 50)]  # 40 steps up, the last 32 down
+    assert rates[:40] == pytest.approx([(step + 1) / 40 for step in range(40)])
+    assert rates[40:] == pytest.approx([p + (1 - p) * 0.05 for p in ((50 - step) / 32 for step in range(40, 50))])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"warmup_steps": 0.6, "warmdown_ratio": 0.6}, {"warmup_steps": -1}, {"warmdown_ratio": 1.5}],
+    ids=str,
+)
+def test_ratios_that_are_no_shares_of_a_run_are_refused(settings):
+    with pytest.raises(ValueError, match=r"expected a number of steps .* and a share of the run"):
+        pretraining_schedules("seed", **settings)
 
 
 def test_an_unknown_era_is_refused():
-    with pytest.raises(ValueError, match="'bigram', expected seed or head"):
+    with pytest.raises(ValueError, match="'bigram', expected one of seed, head"):
         pretraining_schedules("bigram")

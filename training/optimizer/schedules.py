@@ -2,8 +2,9 @@
 
 A schedule is a function `(step, total) -> number` of the step about to be taken, from 0, and the number of steps of the
 whole run: for the rate and the decay what their first values are multiplied by, for the momentum its value. The presets
-are upstream's stages. One scheduler writes all three into the optimizer's groups from its counter alone, so resuming
-needs nothing but that counter; the price is that a schedule cannot react to the loss.
+here are upstream's for finetuning; those for pretraining belong to an era (`eras.py`). One scheduler writes all three
+into the optimizer's groups from its counter alone, so resuming needs nothing but that counter; the price is that a
+schedule cannot react to the loss.
 """
 
 import math
@@ -23,10 +24,14 @@ BASE_MOMENTUM = 0.85  # upstream starts low, where gradients turn fastest
 
 
 def warmup_stable_decay(
-    step: int, total: int, *, warmup_ratio: float = 0.0, warmdown_ratio: float = 0.5, final_fraction: float = 0.0
+    step: int, total: int, *, warmup_steps: float = 0.0, warmdown_ratio: float = 0.5, final_fraction: float = 0.0
 ) -> float:
-    """1, after a linear rise over the first share of the steps and before a linear fall to `final_fraction`."""
-    warmup, warmdown = round(warmup_ratio * total), round(warmdown_ratio * total)
+    """1, after a linear rise over the first steps and before a linear fall to `final_fraction` over a share of them.
+
+    `warmup_steps` is a number of steps, or below 1 a share of them.
+    """
+    warmup = warmup_steps if warmup_steps >= 1 else round(warmup_steps * total)
+    warmdown = round(warmdown_ratio * total)
     if step < warmup:
         return (step + 1) / warmup
     if step <= total - warmdown:
@@ -50,53 +55,31 @@ def constant(step: int, total: int, *, value: float) -> float:
     return value
 
 
-def rising_momentum(step: int, total: int, *, peak: float = 0.95, rise: int = 300) -> float:
-    """From 0.85 to `peak` over the first `rise` steps, then stays."""
-    return BASE_MOMENTUM + (peak - BASE_MOMENTUM) * min(step / rise, 1.0)
-
-
-def rising_and_falling_momentum(
-    step: int, total: int, *, peak: float = 0.97, rise: int = 400, end: float = 0.90, warmdown_ratio: float = 0.5
+def muon_momentum(
+    step: int,
+    total: int,
+    *,
+    peak: float = 0.95,
+    rise_steps: int = 300,
+    end: float = 0.95,
+    warmdown_ratio: float = 0.0,
 ) -> float:
-    """From 0.85 to `peak` over `rise` steps, and from there to `end` while the rate falls too."""
+    """From 0.85 to `peak` over the first steps, and from there to `end` while the rate falls; where both apply, the
+    rise wins."""
     warmdown = round(warmdown_ratio * total)
-    if step < rise or step < total - warmdown:
-        return rising_momentum(step, total, peak=peak, rise=rise)
+    if step < rise_steps or step < total - warmdown:
+        return BASE_MOMENTUM + (peak - BASE_MOMENTUM) * min(step / rise_steps, 1.0)
     return peak + (end - peak) * min((step - (total - warmdown)) / max(warmdown, 1), 1.0)
 
 
 # ---------------------------------------------------------------- presets
 
 
-def pretraining_schedules(
-    era: str = "seed", *, warmup_ratio: float = 0.0, warmdown_ratio: float = 0.5, final_lr_frac: float = 0.0
-) -> dict[str, Schedule]:
-    """What `GroupScheduler` takes for pretraining in upstream's "seed" or "head" era.
-
-    Raises:
-        ValueError: for another era, or ratios that are no shares of the run.
-    """
-    if min(warmup_ratio, warmdown_ratio) < 0 or warmup_ratio + warmdown_ratio > 1:
-        raise ValueError(
-            f"warmup_ratio {warmup_ratio} and warmdown_ratio {warmdown_ratio} are not shares of a run: expected two "
-            "numbers from 0 that add up to at most 1"
-        )
-    lr = partial(
-        warmup_stable_decay, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_fraction=final_lr_frac
-    )
-    if era == "seed":
-        return {"lr_schedule": lr, "momentum_schedule": rising_momentum, "weight_decay_schedule": linear_to_zero}
-    if era == "head":
-        momentum = partial(rising_and_falling_momentum, warmdown_ratio=warmdown_ratio)
-        return {"lr_schedule": lr, "momentum_schedule": momentum, "weight_decay_schedule": cosine_to_zero}
-    raise ValueError(f"the schedules' era is {era!r}, expected seed or head")
-
-
 def sft_schedules(warmdown_ratio: float = 0.2) -> dict[str, Schedule]:
     """Finetuning: the full rate for 80% of the run, then linear to 0; no decay."""
     return {
         "lr_schedule": partial(warmup_stable_decay, warmdown_ratio=warmdown_ratio),
-        "momentum_schedule": rising_momentum,
+        "momentum_schedule": muon_momentum,
         "weight_decay_schedule": partial(constant, value=0.0),
     }
 

@@ -26,8 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.row_loader import RowLoader
-from modeling_nanochat.training.optimizer.groups import BASE_RATES
-from modeling_nanochat.training.optimizer.schedules import pretraining_schedules
+from modeling_nanochat.training.optimizer.eras import OPTIMIZER_ERAS, optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
 from modeling_nanochat.training.trainers.muon_trainer import DTYPES, MuonTrainerMixin, refuse_autocast_and_clipping
 
@@ -66,13 +65,19 @@ class PretrainConfig(TrainingArguments):
     matrix_lr: float | None = field(default=None, metadata={"help": "Rate of Muon's matrices; by default the era's."})
     scalar_lr: float | None = field(default=None, metadata={"help": "Base rate of the scalars; by default the era's."})
     weight_decay: float | None = field(
-        default=None, metadata={"help": "Muon's weight decay; by default scaled from depth (seed) or horizon (head)."}
+        default=None, metadata={"help": "Muon's weight decay; by default scaled from the shape by the era's rule."}
     )
-    warmdown_ratio: float = field(
-        default=0.5, metadata={"help": "Share of the run at its end over which the learning rates fall."}
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps over which the learning rates rise, or below 1 a share; by default the era's."},
     )
-    final_lr_frac: float = field(
-        default=0.0, metadata={"help": "What the learning rates fall to, as a fraction of their height."}
+    warmdown_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the run at its end over which the learning rates fall; by default the era's."},
+    )
+    final_lr_frac: float | None = field(
+        default=None,
+        metadata={"help": "What the learning rates fall to, as a fraction of their height; by default the era's."},
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no clipping here."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -86,10 +91,13 @@ class PretrainConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.era not in OPTIMIZER_ERAS:
+            raise ValueError(f"era={self.era!r}, expected one of {', '.join(OPTIMIZER_ERAS)}")
+        for name in ("warmup_steps", "warmdown_ratio", "final_lr_frac"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(OPTIMIZER_ERAS[self.era], name))
         super().__post_init__()
         refuse_autocast_and_clipping(self)
-        if self.era not in BASE_RATES:
-            raise ValueError(f"era={self.era!r}, expected one of {', '.join(BASE_RATES)}")
         if self.activation_dtype not in ("auto", *DTYPES):
             raise ValueError(f"activation_dtype={self.activation_dtype!r}, expected auto, bfloat16 or float32")
 
@@ -177,21 +185,24 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
 
     @property
     def param_group_settings(self) -> dict[str, Any]:
-        args = self.args
+        args, decay = self.args, self.args.weight_decay
+        if decay is None:
+            decay = scaling.scaled_weight_decay(self.model.config, self.batch_tokens, era=args.era)
+        base_rates = {name: getattr(args, name) for name in optimizer_era(args.era).base_rates}
         return {
             "era": args.era,
             "batch_tokens": self.batch_tokens,
-            "weight_decay": args.weight_decay,
+            "weight_decay": decay,
             "polar_dtype": args.polar_dtype,
-            **{name: getattr(args, name) for name in BASE_RATES[args.era] if getattr(args, name) is not None},
+            **{name: rate for name, rate in base_rates.items() if rate is not None},
         }
 
     @property
     def schedules(self) -> dict[str, Any]:
-        args, warmup = self.args, self.args.warmup_steps  # below 1 it is a share of the run
+        args = self.args
         return pretraining_schedules(
             args.era,
-            warmup_ratio=warmup if warmup < 1 else warmup / args.max_steps,
+            warmup_steps=args.warmup_steps,
             warmdown_ratio=args.warmdown_ratio,
             final_lr_frac=args.final_lr_frac,
         )
