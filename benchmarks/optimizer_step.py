@@ -20,14 +20,14 @@ from torch import Tensor
 from trl import TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIENTS
 
 HEAD_DIM = 64
 SEED = 0
-DTYPE = torch.bfloat16 if scaling.native_bfloat16("cpu") else torch.float32  # of activations and orthogonalisation
+DTYPE = torch.bfloat16 if devices.native_bfloat16("cpu") else torch.float32  # of activations and orthogonalisation
 
 
 @dataclass

@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from benchmarks.plain_nanochat import PlainNanoChat
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 
 HEAD_DIM = 64
 SEED = 0
@@ -60,7 +60,7 @@ def main() -> None:
 
 def variants(config: NanoChatGPTConfig, ids: torch.Tensor, compiled: bool) -> dict[str, Callable[[], None]]:
     """Named functions that do one forward and backward pass each."""
-    dtypes = [torch.float32] + [torch.bfloat16] * scaling.native_bfloat16(torch.device("cpu"))
+    dtypes = [torch.float32] + [torch.bfloat16] * devices.native_bfloat16(torch.device("cpu"))
     steps = {}
     for dtype in dtypes:
         for is_compiled in (False, True) if compiled else (False,):
@@ -99,7 +99,7 @@ def our_step(config: NanoChatGPTConfig, ids: torch.Tensor, dtype: torch.dtype, c
 def show(seconds: dict[str, list[float]], config: NanoChatGPTConfig, tokens: int, arguments: StepArguments) -> None:
     flops = scaling.flops_per_token(config, arguments.sequence_length) * tokens
     limits = {
-        name: scaling.matmul_flops_per_second(torch.device("cpu"), getattr(torch, name))
+        name: devices.matmul_flops_per_second(torch.device("cpu"), getattr(torch, name))
         for name in {name.split(", ")[1] for name in seconds}
     }
     baseline = statistics.median(seconds["plain, float32, eager"])

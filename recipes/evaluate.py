@@ -38,7 +38,7 @@ from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.tables import text_table
 from modeling_nanochat.tokenization_nanochat_gpt import BOS, special_token_ids, token_bytes
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.data.documents import open_documents, stream_documents
 from modeling_nanochat.training.data.packed_rows import PackedRows
 
@@ -153,7 +153,7 @@ def announce(stage: Stage, names: Sequence[str], first: Subject) -> None:
     seconds_per_token = (time.perf_counter() - start) / TRIAL_TOKENS
     forward_flops = scaling.flops_per_token(model.config) / 3  # a third of a training step's
     processes = PartialState().num_processes
-    reading = scaling.expected_seconds(read * forward_flops, model.device, model.dtype, processes)
+    reading = devices.expected_seconds(read * forward_flops, model.device, model.dtype, processes)
     sampling = -(-rows // arguments.batch_rows) * arguments.max_new_tokens * seconds_per_token / processes
     stage.announce(
         models=", ".join(names),

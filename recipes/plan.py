@@ -15,7 +15,22 @@ import torch
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.record import readable_time
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, memory, scaling
+
+# Rent of each of `devices.DEVICES`: about what GPU clouds asked on demand at the beginning of 2026, written down from
+# memory and not looked up: for orientation only.
+DOLLARS_PER_HOUR = {
+    "B200": 4.99,
+    "H200": 3.59,
+    "H100 PCIe": 2.49,
+    "H100": 2.99,
+    "A100": 1.79,
+    "MI300X": 2.49,
+    "L40S": 0.86,
+    "RTX 5090": 0.89,
+    "RTX 4090": 0.69,
+    "RTX 3090": 0.46,
+}
 
 
 @dataclass
@@ -25,7 +40,7 @@ class PlanArguments:
     depth: int = field(default=20, metadata={"help": "Number of layers; sets the whole shape."})
     gpus: int = field(default=8, metadata={"help": "Number of devices."})
     device: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(scaling.DEVICES)}; by default a line for each of them."}
+        default=None, metadata={"help": f"One of {', '.join(devices.DEVICES)}; by default a line for each of them."}
     )
     era: str = field(default="seed", metadata={"help": "Network and optimizer of upstream's 'seed' or 'head'."})
     vocab_size: int = field(default=32768, metadata={"help": "Tokens of the vocabulary."})
@@ -44,7 +59,7 @@ class PlanArguments:
         metadata={"help": "Depths to compare in a Markdown table of parameters and FLOPs, instead of planning a run."},
     )
     utilisation: float = field(
-        default=scaling.EXPECTED_UTILISATION["cuda"],
+        default=devices.EXPECTED_UTILISATION["cuda"],
         metadata={"help": "Share of a device's data sheet that training is expected to reach."},
     )
 
@@ -96,26 +111,26 @@ def describe_device(
     name: str, config: NanoChatGPTConfig, plan: scaling.TrainingPlan, gpus: int, utilisation: float
 ) -> str:
     """One line of the table of devices: micro-batch, memory, time and cost, or why it does not fit."""
-    device, length = scaling.DEVICES[name], config.max_position_embeddings
+    device, length = devices.DEVICES[name], config.max_position_embeddings
     seconds = plan.flops / (device.bfloat16_flops_per_second * utilisation * gpus)
-    dollars = seconds / 3600 * gpus * device.dollars_per_hour
+    dollars = seconds / 3600 * gpus * DOLLARS_PER_HOUR[name]
     try:
-        rows = scaling.largest_device_batch(
+        rows = memory.planned_rows(
             config,
             batch_tokens=plan.batch_tokens,
             sequence_length=length,
             world_size=gpus,
-            memory_bytes=int(scaling.USABLE_MEMORY * device.memory_bytes),
+            memory_bytes=int(memory.USABLE_MEMORY * device.memory_bytes),
             dtype=torch.bfloat16,
         )
     except ValueError as error:
         return f"{name:>10}  {error}"
-    memory = scaling.memory_per_device(config, rows, length, gpus, torch.bfloat16)
+    needed = memory.memory_per_device(config, rows, length, gpus, torch.bfloat16)
     steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
-    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in memory.items())
+    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items())
     return (
         f"{name:>10}  {readable_time(seconds):>12}  {dollars:>9,.0f} $  {rows:>3} rows x {steps:<3} "
-        f" {sum(memory.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"
+        f" {sum(needed.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"
     )
 
 
@@ -142,13 +157,13 @@ def main() -> None:
     if arguments.table:
         print(table_of_depths(arguments))
         return
-    if arguments.device is not None and arguments.device not in scaling.DEVICES:
-        raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(scaling.DEVICES)}")
+    if arguments.device is not None and arguments.device not in devices.DEVICES:
+        raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(devices.DEVICES)}")
     config, plan = plan_of(arguments)
     print(describe_plan(config, plan))
     rents = "rents for orientation, early 2026"
     print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({rents}):")
-    for name in [arguments.device] if arguments.device else scaling.DEVICES:
+    for name in [arguments.device] if arguments.device else devices.DEVICES:
         print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
 
 

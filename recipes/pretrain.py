@@ -17,9 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -33,12 +32,10 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, memory, scaling
 from modeling_nanochat.training.data.documents import DocumentSource, open_documents
 from modeling_nanochat.training.data.packed_rows import PackedRows
 from modeling_nanochat.training.data.row_loader import RowLoader
-from modeling_nanochat.training.memory import rows_that_fit
-from modeling_nanochat.training.trainers.muon_trainer import choose_activation_dtype
 from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
 
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
@@ -204,7 +201,14 @@ def set_run(
         target_flops=arguments.target_flops,
     )
     if not config.per_device_train_batch_size:
-        config.per_device_train_batch_size = choose_rows(network, config, plan.batch_tokens)
+        config.per_device_train_batch_size = memory.rows_that_fit(
+            network,
+            batch_tokens=plan.batch_tokens,
+            sequence_length=arguments.sequence_length,
+            world_size=config.world_size,
+            device=config.device,
+            dtype=devices.choose_dtype(config.activation_dtype, config.device),
+        )
     config.gradient_accumulation_steps = scaling.accumulation_steps(
         plan.batch_tokens, config.per_device_train_batch_size, arguments.sequence_length, config.world_size
     )
@@ -220,31 +224,6 @@ def set_run(
     if config.weight_decay is None:
         config.weight_decay = plan.weight_decay
     return plan
-
-
-def choose_rows(network: NanoChatGPTConfig, config: PretrainConfig, batch_tokens: int) -> int:
-    """Rows of a micro-batch: on a GPU as many as its memory holds, on a CPU no more than make it faster."""
-    length, device = network.max_position_embeddings, config.device
-    dtype = choose_activation_dtype(config.activation_dtype, device)
-    if device.type == "cuda":
-        memory = int(scaling.USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
-    else:
-        memory = psutil.virtual_memory().available // config.world_size
-    rows = scaling.largest_device_batch(
-        network,
-        batch_tokens=batch_tokens,
-        sequence_length=length,
-        world_size=config.world_size,
-        memory_bytes=memory,
-        dtype=dtype,
-        device_type=device.type,
-    )
-    if device.type == "cpu":
-        while rows > 1 and rows * length > scaling.CPU_MICRO_BATCH_TOKENS:
-            rows //= 2
-        return rows
-    memory = scaling.memory_per_device(network, rows, length, config.world_size, dtype)
-    return min(gather_object([rows_that_fit(network, rows, length, device, dtype, memory["optimizer state"])]))
 
 
 def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, rows: RowLoader) -> float:
@@ -359,7 +338,7 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
 
 def announce(stage: Stage, trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> None:
     config, network = trainer.args, trainer.model.config
-    memory = scaling.memory_per_device(
+    needed = memory.memory_per_device(
         network,
         config.per_device_train_batch_size,
         trainer.rows.sequence_length,
@@ -376,8 +355,8 @@ def announce(stage: Stage, trainer: PretrainTrainer, plan: scaling.TrainingPlan)
         flops=plan.flops,
         activations=str(trainer.activation_dtype).removeprefix("torch."),
         compiled=bool(config.torch_compile),
-        bytes=sum(memory.values()),
-        seconds=plan.flops / (trainer.peak_flops_per_second * scaling.EXPECTED_UTILISATION[config.device.type]),
+        bytes=sum(needed.values()),
+        seconds=plan.flops / (trainer.peak_flops_per_second * devices.EXPECTED_UTILISATION[config.device.type]),
     )
 
 

@@ -22,7 +22,7 @@ from modeling_nanochat.eval.tasks.gsm8k import is_correct
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer
 
 MEASURED = ("pass@1", "pass@8")
@@ -113,7 +113,7 @@ def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
     evaluations = 2 + (steps // int(config.eval_steps) if config.eval_strategy == "steps" else 0)
     drawn = samples + evaluations * len(trainer.eval_dataset) * config.num_generations_eval
     flops = samples * tokens_per_sample * scaling.flops_per_token(network, int(tokens_per_sample))
-    learning = scaling.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size)
+    learning = devices.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size)
     stage.announce(
         parameters=scaling.count_parameters(network).total,
         steps=steps,

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer
 
 
@@ -107,7 +107,7 @@ def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
         f"{config.gradient_accumulation_steps} x {config.world_size} device(s)",
         flops=flops,
         activations=str(trainer.activation_dtype).removeprefix("torch."),
-        seconds=scaling.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size),
+        seconds=devices.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size),
     )
     stage.say(
         f"{figures['trained_share']:.0%} of the tokens carry loss, rows are {figures['utilisation']:.1%} full, "

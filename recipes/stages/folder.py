@@ -21,7 +21,7 @@ import modeling_nanochat  # noqa: F401 (registers the network with the Auto clas
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
-from modeling_nanochat.training.scaling import native_bfloat16
+from modeling_nanochat.training.devices import choose_dtype
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files
 
 
@@ -41,8 +41,7 @@ def load_for_inference(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
     network, tokenizer = load_checkpoint(model)
     device = PartialState().device
-    if native_bfloat16(device):
-        network.set_activation_dtype(torch.bfloat16)
+    network.set_activation_dtype(choose_dtype("auto", device))
     network = network.to(device).eval()
     say_once(choose_attention(network))
     return network, tokenizer

@@ -194,7 +194,7 @@ def test_a_group_added_later_is_trained_and_the_others_go_on():
         ({"use_muon": "yes"}, "use_muon of a parameter group is 'yes', expected True"),
         ({"params": [torch.nn.Parameter(torch.ones(3))]}, r"matrices only, got a parameter of shape \(3,\)"),
         ({"ns_steps": 6}, "ns_steps is 6, expected 1 to 5"),
-        ({"polar_dtype": "float16"}, "polar_dtype is 'float16', expected 'auto'"),
+        ({"polar_dtype": "float16"}, "polar_dtype is 'float16', expected auto"),
     ],
 )
 def test_a_wrong_group_is_refused(changes, message):

@@ -72,6 +72,7 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         disable_tqdm=True,
         torch_compile=False,
         polar_dtype="float32",
+        gradient_accumulation_steps=2,
         **settings,
     )
     assert config.world_size == ranks
@@ -98,7 +99,7 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
 def run(folder: Path, death: tuple = (), ranks: int = 1, **settings) -> list[int]:
     """Exit codes of the ranks of a run."""
     port = free_port()
-    settings = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2} | settings
+    settings = {"activation_dtype": "float32", "per_device_train_batch_size": 4 // ranks} | settings
     children = [
         PROCESSES.Process(target=train, args=(str(folder), death, rank, ranks, port, settings), daemon=True)
         for rank in range(ranks)

@@ -8,7 +8,7 @@ import torch
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.recipes import plan
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
 SHAPES = [
@@ -118,33 +118,13 @@ def test_accumulation_explains_itself():
         scaling.accumulation_steps(2**19, 3, 2048, 8)
 
 
-def test_devices():
-    assert scaling.known_device("NVIDIA H100 80GB HBM3").bfloat16_flops_per_second == 989.5e12
-    assert scaling.known_device("NVIDIA H100 PCIe").bfloat16_flops_per_second == 756e12
-    assert scaling.known_device("Unheard-of 1") is None
-    assert scaling.native_bfloat16("cpu") in (True, False)
-    assert scaling.matmul_flops_per_second("cpu", torch.float32, seconds=0.05) > 1e8
-
-
-def test_device_batch_is_the_largest_that_fits():
-    config = NanoChatGPTConfig.from_depth(20)
-    run = {"batch_tokens": 2**19, "sequence_length": 2048, "world_size": 8, "dtype": torch.bfloat16}
-    assert scaling.largest_device_batch(config, memory_bytes=76 * 10**9, **run) == 32  # upstream's for 80 GB
-    assert scaling.largest_device_batch(config, memory_bytes=40 * 10**9, **run) == 8
-    assert scaling.largest_device_batch(config, memory_bytes=10**15, **run) == 32  # no accumulation left
-    with pytest.raises(ValueError, match=r"one row of 2048 tokens needs about 10\.5 GB of a device's 2\.0 GB"):
-        scaling.largest_device_batch(config, memory_bytes=2 * 10**9, **run)
-    one, eight = (scaling.memory_per_device(config, 8, 2048, ranks, torch.bfloat16) for ranks in (1, 8))
-    assert eight.pop("optimizer state") == one.pop("optimizer state") // 8
-    assert one == eight
-
-
 def test_plan_prints_parameters_time_and_cost(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--depth", "20", "--gpus", "8", "--device", "H100"])
     plan.main()
     printed = capsys.readouterr().out
     for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "29 $", "32 rows x 1"):
         assert expected in printed
+    assert set(plan.DOLLARS_PER_HOUR) == set(devices.DEVICES)
     monkeypatch.setattr("sys.argv", ["plan", "--device", "abacus"])
     with pytest.raises(ValueError, match="'abacus', expected one of B200"):
         plan.main()

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modeling_nanochat.training.optimizer.shards import POLAR_DTYPES, AdamWTensors, MuonStack, can_compile, find_ranks
+from modeling_nanochat.training.devices import parse_dtype
+from modeling_nanochat.training.optimizer.shards import AdamWTensors, MuonStack, can_compile, find_ranks
 from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIENTS
 
 MUON_DEFAULTS: dict[str, Any] = {
@@ -34,7 +35,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW by groups, for one rank or many, with 1/N of the state on each of N ranks.
 
     A group is a dict with `params`, `lr` and `use_muon`. True takes matrices and `momentum`, `beta2`, `weight_decay`,
-    `ns_steps`, `polar_dtype` ("bfloat16", "float32", or "auto": bfloat16 where the hardware multiplies it),
+    `ns_steps`, `polar_dtype` (a torch dtype or its name, or "auto": bfloat16 where the hardware multiplies it),
     `row_equilibration` and `frobenius_renormalization`; False takes `betas`, `eps`, `weight_decay`. All but `ns_steps`
     and the booleans may change from step to step, without recompilation.
 
@@ -166,8 +167,7 @@ def check_group(group: dict[str, Any]) -> None:
     most = len(POLAR_EXPRESS_COEFFICIENTS)
     if not 1 <= settings["ns_steps"] <= most:
         raise ValueError(f"ns_steps is {settings['ns_steps']}, expected 1 to {most}, the coefficients there are")
-    if settings["polar_dtype"] not in ("auto", *POLAR_DTYPES):
-        raise ValueError(f"polar_dtype is {settings['polar_dtype']!r}, expected 'auto', 'bfloat16' or 'float32'")
+    parse_dtype(settings["polar_dtype"], "polar_dtype")
 
 
 def parameters_of(groups: list[dict[str, Any]]) -> list[Any]:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from modeling_nanochat.training.optimizer.updates import adamw_update, muon_update
+from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.optimizer.updates import adamw_update, muon_update, orthogonalize
 
-POLAR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 REPLICATED_BELOW = 1024  # elements; smaller AdamW tensors are stepped on every rank (upstream's threshold)
 
 
@@ -105,6 +105,7 @@ class MuonStack:
         self.group_index, self.parameters = group_index, parameters
         is_cut = isinstance(parameters[0], DTensor)
         self.ranks, self.compiled = ALONE if is_cut else ranks, compiled and not is_cut
+        self.orthogonalize = orthogonalize_exchanged if is_cut else orthogonalize
         self.block, start, end = block_of(len(parameters), self.ranks)
         self.owned = parameters[start:end]
 
@@ -139,7 +140,8 @@ class MuonStack:
         stack = torch.stack([parameter.detach() for parameter in self.owned] + padding)  # (block, m, n)
         if k:
             update = compiled_muon_update() if self.compiled else muon_update
-            update(stack[:k], grads[:k], self.momentum_buffer, self.second_moment, **self._settings(group, grads))
+            settings = self._settings(group, grads)
+            update(stack[:k], grads[:k], self.momentum_buffer, self.second_moment, self.orthogonalize, **settings)
         self.results = all_gather(stack, self.ranks)
 
     def _settings(self, group: dict[str, Any], grads: Tensor) -> dict[str, Any]:
@@ -149,13 +151,23 @@ class MuonStack:
             dtypes = (torch.float32, torch.float32, grads.dtype, grads.dtype)
             settings = {name: torch.tensor(settings[name], dtype=dtype) for name, dtype in zip(settings, dtypes)}
         options = {name: group[name] for name in ("ns_steps", "row_equilibration", "frobenius_renormalization")}
-        return settings | options | {"polar_dtype": choose_polar_dtype(group["polar_dtype"], grads.device)}
+        return settings | options | {"polar_dtype": choose_dtype(group["polar_dtype"], grads.device)}
 
     def finish(self) -> None:
         results = self.results.wait()  # (size * block, m, n)
         del self.results
         for parameter, result in zip(self.parameters, results.unbind(0)):
             parameter.copy_(result)
+
+
+def orthogonalize_exchanged(x: DTensor, *settings: Any) -> DTensor:
+    """`orthogonalize` of (K, m, n) that FSDP2 has cut: the matrices are exchanged so that each rank has whole ones, a
+    share of K, and go back to their placement afterwards."""
+    whole = [Shard(0) if placement.is_shard() else placement for placement in x.placements]
+    exchanged = x.redistribute(placements=whole)
+    result = orthogonalize(exchanged.to_local(), *settings)
+    result = DTensor.from_local(result, x.device_mesh, whole, run_check=False, shape=x.shape, stride=exchanged.stride())
+    return result.redistribute(placements=x.placements)
 
 
 class AdamWTensors:
@@ -255,7 +267,7 @@ def local_of(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-# ---------------------------------------------------------------- compilation and precision
+# ---------------------------------------------------------------- compilation
 
 
 @cache
@@ -269,12 +281,3 @@ def can_compile(device: torch.device) -> bool:
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     has_compiler = any(compiler and shutil.which(compiler) for compiler in compilers)
     return has_compiler and (device.type == "cpu" or find_spec("triton") is not None)
-
-
-def choose_polar_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it, else float32."""
-    if name == "auto":
-        from modeling_nanochat.training.scaling import native_bfloat16  # here, because it imports all of Transformers
-
-        return torch.bfloat16 if native_bfloat16(device) else torch.float32
-    return POLAR_DTYPES[name]

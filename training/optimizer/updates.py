@@ -7,11 +7,10 @@ the matrices into the stack and back. Everything around the products is elementw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adam import adam
 
 # Polar Express, arXiv 2505.16932: the best odd quintic polynomials, one after another, to send all singular values to
@@ -119,21 +118,7 @@ def equilibrate_rows(x: Tensor) -> Tensor:
 def orthogonalize(
     x: Tensor, ns_steps: int, polar_dtype: torch.dtype, row_equilibration: bool, frobenius_renormalization: bool
 ) -> Tensor:
-    """Polar Express of (K, m, n) in `polar_dtype`, with the head era's options around it; returns float32.
-
-    Matrices sharded by FSDP2 are exchanged so that each rank orthogonalises whole ones, a share of K, and go back to
-    their placement afterwards.
-    """
-    if isinstance(x, DTensor):
-        whole = [Shard(0) if placement.is_shard() else placement for placement in x.placements]
-        exchanged = x.redistribute(placements=whole)
-        result = orthogonalize(
-            exchanged.to_local(), ns_steps, polar_dtype, row_equilibration, frobenius_renormalization
-        )
-        result = DTensor.from_local(
-            result, x.device_mesh, whole, run_check=False, shape=x.shape, stride=exchanged.stride()
-        )
-        return result.redistribute(placements=x.placements)
+    """Polar Express of (K, m, n) in `polar_dtype`, with the head era's options around it; returns float32."""
     x = x.to(polar_dtype)
     if row_equilibration:
         x = equilibrate_rows(x)
@@ -166,6 +151,7 @@ def muon_update(
     grads: Tensor,
     momentum_buffer: Tensor,
     second_moment: Tensor,
+    orthogonalize: Callable[..., Tensor] = orthogonalize,
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
@@ -184,6 +170,7 @@ def muon_update(
     Args:
         parameters, grads, momentum_buffer: (K, m, n).
         second_moment: (K, m, 1) if m >= n, else (K, 1, n).
+        orthogonalize: what takes its place where the matrices are not whole.
         lr, momentum, beta2, weight_decay: numbers, or 0-dim tensors so that compiled code serves all values; momentum
             and beta2 then in the dtype of the buffers. The rate is further times sqrt(max(1, m / n)).
     """

@@ -17,17 +17,18 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainingArguments
 
 from modeling_nanochat.attention_choice import choose_attention
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training.devices import choose_dtype, parse_dtype
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
 from modeling_nanochat.training.trainers.progress_line import show_progress_line
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
-def refuse_autocast_and_clipping(arguments: TrainingArguments) -> None:
-    """`ValueError` for the Trainer's own mixed precision and clipping, which no trainer here does."""
+def check_precision_and_clipping(arguments: TrainingArguments) -> None:
+    """`ValueError` for a dtype that is none, and for the Trainer's own mixed precision and clipping, which no trainer
+    here does."""
+    for setting in ("activation_dtype", "polar_dtype"):
+        parse_dtype(getattr(arguments, setting), setting)
     if arguments.bf16 or arguments.fp16:
         raise ValueError(
             f"bf16={arguments.bf16}, fp16={arguments.fp16}: mixed precision is set by activation_dtype here "
@@ -70,7 +71,7 @@ class MuonArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        refuse_autocast_and_clipping(self)
+        check_precision_and_clipping(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
 
@@ -85,7 +86,7 @@ class MuonTrainerMixin:
     schedules: dict[str, Schedule]
 
     def set_up_muon(self, activation_dtype: str) -> None:
-        self.activation_dtype = choose_activation_dtype(activation_dtype, self.args.device)
+        self.activation_dtype = choose_dtype(activation_dtype, self.args.device, "activation_dtype")
         model = self.accelerator.unwrap_model(self.model)
         model.set_activation_dtype(self.activation_dtype)
         self.accelerator.print(choose_attention(model, self.args.device, training=True))
@@ -118,16 +119,3 @@ class MuonTrainerMixin:
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
         """None: nothing needs the norm."""
-
-
-def choose_activation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it, else float32.
-
-    Raises:
-        ValueError: for a name that is not auto, bfloat16 or float32.
-    """
-    if name == "auto":
-        name = "bfloat16" if scaling.native_bfloat16(device) else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"activation_dtype is {name!r}, expected auto, bfloat16 or float32")
-    return DTYPES[name]

@@ -24,11 +24,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.inference import eval_mode
-from modeling_nanochat.training import scaling
+from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.optimizer.eras import OPTIMIZER_ERAS, optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
-from modeling_nanochat.training.trainers.muon_trainer import DTYPES, MuonTrainerMixin, refuse_autocast_and_clipping
+from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin, check_precision_and_clipping
 
 # A run this long pays for its compilation. On two CPU cores that took about a minute and then saved 7% of a float32
 # step (depth 3, rows of 256) to 32% (depth 4, rows of 512 with windows), at 30 to 45 GFLOP/s; on a GPU it takes about a
@@ -97,9 +97,7 @@ class PretrainConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(OPTIMIZER_ERAS[self.era], name))
         super().__post_init__()
-        refuse_autocast_and_clipping(self)
-        if self.activation_dtype not in ("auto", *DTYPES):
-            raise ValueError(f"activation_dtype={self.activation_dtype!r}, expected auto, bfloat16 or float32")
+        check_precision_and_clipping(self)
 
 
 @dataclass
@@ -170,7 +168,7 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         if args.device.type == "cuda" and self.activation_dtype == torch.bfloat16 and not self.is_fsdp_enabled:
             store_tables_in_bfloat16(model)  # FSDP2 wants one dtype
         self.add_callback(StepSchedule(evaluations))
-        peak = scaling.peak_flops_per_second(args.device, self.activation_dtype)
+        peak = devices.peak_flops_per_second(args.device, self.activation_dtype)
         self.peak_flops_per_second = peak * args.world_size
         self._start_clock()
 
