@@ -9,13 +9,19 @@ What a user can get wrong is a `ValueError` or an `OSError` anywhere below: it e
 code 2; NANOCHAT_TRACEBACK=1 shows where it came from. Anything else is a fault of this code and keeps its traceback.
 """
 
+import argparse
 import ast
 import importlib
+import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from modeling_nanochat.training.trainers.settings import unused_settings
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER / "configs"
@@ -61,24 +67,44 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def parse(*classes: type) -> tuple[Any, ...]:
+def parse(*classes: type, refused: Mapping[str, str] | None = None) -> tuple[Any, ...]:
     """An instance of each dataclass from `--config FILE.yaml` and the command line, which wins.
 
-    A config that is no file is looked for by its name among the shipped ones.
+    A config that is no file is looked for by its name among the shipped ones. Settings that would do nothing are
+    neither taken nor shown by `--help`: those that a class of training arguments inherits and does not use, and
+    those in `refused`, with what to use instead.
 
     Raises:
-        ValueError: for a config that is neither.
+        ValueError: for a config that is not there, or a setting that does not exist or would do nothing.
     """
     from trl import TrlParser  # here: `nanochat` alone needs none of it
 
-    return TrlParser(classes).parse_args_and_config(args=with_config_found(sys.argv[1:]))
+    unused = {name: instead for each in classes for name, instead in unused_settings(each).items()} | (refused or {})
+    arguments = with_config_found(sys.argv[1:])
+    for name in given_settings(arguments):
+        if name in unused:
+            raise ValueError(f"--{name} would do nothing here; use {unused[name]}")
+    parser = TrlParser(classes, allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in unused:
+            action.help = argparse.SUPPRESS
+    parser.usage = f"{sys.argv[0]} [--config FILE.yaml] [--setting value ...]"
+    return parser.parse_args_and_config(args=arguments)
+
+
+def given_settings(arguments: Sequence[str]) -> list[str]:
+    """The names set on the command line and in the config."""
+    names = [part[2:].split("=")[0].replace("-", "_") for part in arguments if part.startswith("--")]
+    if "--config" in arguments[:-1]:
+        config = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+        names += [str(name) for name in config] if isinstance(config, dict) else []
+    return names
 
 
 def with_config_found(arguments: Sequence[str]) -> list[str]:
     """The arguments with the file that `--config` means in the place of its name."""
-    arguments = [part for argument in arguments for part in (
-        argument.split("=", 1) if argument.startswith("--config=") else [argument]
-    )]  # fmt: skip
+    arguments = list(itertools.chain(*(each.split("=", 1) if each.startswith("--config=") else [each]
+                                       for each in arguments)))  # fmt: skip
     if "--config" in arguments[:-1]:
         at = arguments.index("--config") + 1
         arguments[at] = str(find_config(arguments[at]))

@@ -15,12 +15,9 @@ the network does not need but the way back does (the meta file, the rows that pa
 
 import functools
 import json
-import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +47,7 @@ from modeling_nanochat.recipes.conversion.upstream_tokenizer import (
 )
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from modeling_nanochat.training.whole_files import whole_folder
 
 ORIGIN = "upstream"  # folder, inside a converted one, of what only the way back needs
 PADDING = "padding.safetensors"
@@ -131,7 +129,7 @@ def from_upstream(folder: Path, output: Path, step: int | None, tokenizer_folder
         print(f"tokenizer: {tokenizer_file}")
     else:
         print("no tokenizer.pkl beside the checkpoint (--tokenizer names its folder): only the network is written")
-    with appearing_whole(output) as partial:
+    with whole_folder(output) as partial:
         source = f"Converted from {model_file.name} of karpathy/nanochat"
         write_folder(partial, config, weights, tokenizer, era, source)
         (partial / ORIGIN).mkdir()
@@ -204,7 +202,7 @@ def from_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
         tokenizer = tokenizer_from_ranks(
             encoding._mergeable_ranks, pattern=encoding._pat_str, model_max_length=config.max_position_embeddings
         )
-    with appearing_whole(output) as partial:
+    with whole_folder(output) as partial:
         source = "Converted from a checkpoint of Transformers' `nanochat` class"
         write_folder(partial, config, weights, tokenizer, "launch", source)
 
@@ -242,7 +240,7 @@ def to_upstream(folder: Path, output: Path, step: int | None, overrides: dict[st
         step = kept_step
     elif step != kept_step:
         meta = json.dumps(json.loads(meta) | {"step": step}, indent=2)
-    with appearing_whole(output) as partial:
+    with whole_folder(output) as partial:
         torch.save(tensors_to_upstream(weights, padding), partial / f"model_{step:06d}.pt")
         (partial / f"meta_{step:06d}.json").write_text(meta, encoding="utf-8")
         if (folder / "tokenizer.json").is_file():
@@ -314,20 +312,6 @@ def read_safetensors(folder: Path) -> Tensors:
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {missing}; expected the weights as safetensors")
     return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-
-
-@contextmanager
-def appearing_whole(output: Path) -> Iterator[Path]:
-    """A folder to fill beside `output`, which it becomes at the end; after an error nothing is left."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def check_model_type(folder: Path, expected: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.record import readable_time
 from modeling_nanochat.training import devices, memory, scaling
 
@@ -34,7 +35,7 @@ DOLLARS_PER_HOUR = {
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(NetworkArguments, HorizonArguments):
     """What to plan."""
 
     depth: int = field(default=20, metadata={"help": "Number of layers; sets the whole shape."})
@@ -42,17 +43,7 @@ class PlanArguments:
     device: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(devices.DEVICES)}; by default a line for each of them."}
     )
-    era: str = field(default="seed", metadata={"help": "Network and optimizer of upstream's 'seed' or 'head'."})
     vocab_size: int = field(default=32768, metadata={"help": "Tokens of the vocabulary."})
-    head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
-    aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
-    sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
-    window_pattern: str | None = field(default=None, metadata={"help": "Letters S and L; by default the era's."})
-    total_batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a step over all devices."})
-    tokens_per_parameter: float | None = field(
-        default=None, metadata={"help": "Horizon: tokens for each scaling parameter; by default the era's."}
-    )
-    target_flops: float | None = field(default=None, metadata={"help": "Horizon: a budget of FLOPs."})
     max_steps: int | None = field(default=None, metadata={"help": "Horizon: a number of optimizer steps."})
     table: list[int] = field(
         default_factory=list,
@@ -66,18 +57,11 @@ class PlanArguments:
 
 def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.TrainingPlan]:
     """The network and the run that the arguments describe."""
-    config = NanoChatGPTConfig.from_depth(
-        arguments.depth,
-        vocab_size=arguments.vocab_size,
-        head_dim=arguments.head_dim,
-        aspect_ratio=arguments.aspect_ratio,
-        max_position_embeddings=arguments.sequence_length,
-        era=arguments.era,
-        window_pattern=arguments.window_pattern,
-    )
+    arguments.check()
+    config = arguments.network(arguments.vocab_size)
     plan = scaling.plan_training(
         config,
-        era=arguments.era,
+        era=config.init_scheme,
         aspect_ratio=arguments.aspect_ratio,
         batch_tokens=arguments.total_batch_tokens,
         max_steps=arguments.max_steps,

@@ -30,8 +30,9 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.data import embedded as embedded_data
 from modeling_nanochat.recipes.data.parts import Part, conversation, first_question, load_part, read_parts
 from modeling_nanochat.recipes.data.wheels import DEFAULT_CACHE, WHEELS, DataWheel, fetch_wheels
-from modeling_nanochat.recipes.stages.record import Stage, write_json
+from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training.data.documents import load_streaming
+from modeling_nanochat.training.whole_files import write_json
 
 EMBEDDED = "embedded"
 USES = ("sft", "rl", "rl_validation", "multiple_choice")  # fields of DataArguments that list parts

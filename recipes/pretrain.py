@@ -13,9 +13,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,24 +28,28 @@ from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
 from modeling_nanochat.eval.core import CoreTask, evaluate_task, read_tasks, summarize_core
 from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import devices, memory, scaling
-from modeling_nanochat.training.data.documents import DocumentSource, open_documents
-from modeling_nanochat.training.data.packed_rows import PackedRows
+from modeling_nanochat.training.data.documents import open_documents
 from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.data.row_source import RowSource
 from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
+from modeling_nanochat.training.trainers.settings import check_range
+from modeling_nanochat.training.trainers.time_budget import TimeBudget
 
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
 SHARE_FOR_TRAINING = 0.95  # of a wall-clock budget; the rest is for evaluation and checkpoints
 SAMPLE_TOKENS = 48
+FOLLOWS = {"gradient_accumulation_steps": "total_batch_tokens, from which it follows"}
 BITS_PER_BYTE = "validation_bits_per_byte"
 
 
 @dataclass
 class PretrainArguments:
-    """What to train, on what, for how long."""
+    """What to train on, and for how long at most."""
 
     data: str = field(
         default="out/demo/data/pretrain", metadata={"help": "Documents: a folder, a glob, or a data set on the Hub."}
@@ -54,25 +57,20 @@ class PretrainArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds a document."})
     tokenizer: str = field(default="out/demo/tokenizer", metadata={"help": "Folder or Hub name of the tokenizer."})
     rerun: bool = field(default=False, metadata={"help": "Start over, even if the run has been finished or begun."})
-    depth: int = field(default=12, metadata={"help": "Number of layers; sets the whole shape."})
-    head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
-    aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
-    sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
-    window_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Letters S (windowed) and L (full), tiled over the layers; by default the era's."},
-    )
-    total_batch_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of an optimizer step over all devices; by default the era's rule."}
-    )
-    tokens_per_parameter: float | None = field(
-        default=None, metadata={"help": "Horizon: tokens for each scaling parameter; by default the era's."}
-    )
-    target_flops: float | None = field(default=None, metadata={"help": "Horizon instead: a budget of FLOPs."})
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "Shorten the horizon to what this machine does in so many minutes (measured)."},
+        metadata={"help": "Set the horizon to what this machine does in so many minutes, all included (measured)."},
     )
+
+    def check(self) -> None:
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes is {self.max_minutes}, expected a number above 0")
+
+
+@dataclass
+class MeasureArguments:
+    """What is measured on the way."""
+
     validate_every: int = field(default=250, metadata={"help": "Steps between validations; 0: only at the end."})
     validation_tokens: int = field(default=1_000_000, metadata={"help": "Tokens of validation data to measure on."})
     core_bundle: str | None = field(
@@ -90,16 +88,39 @@ class PretrainArguments:
         metadata={"help": "What the samples go on from."},
     )
 
+    def check(self) -> None:
+        for name in ("validate_every", "core_every", "sample_every"):
+            check_range(self, name, 0)
+        for name in ("validation_tokens", "core_examples"):
+            check_range(self, name, 1)
+
+
+@dataclass
+class RunSettings:
+    """All settings of a run, in groups of one subject each."""
+
+    arguments: PretrainArguments
+    network: NetworkArguments
+    horizon: HorizonArguments
+    measure: MeasureArguments
+    config: PretrainConfig
+
+    CLASSES: ClassVar = (PretrainArguments, NetworkArguments, HorizonArguments, MeasureArguments, PretrainConfig)
+
+    def __post_init__(self):
+        for part in (self.arguments, self.horizon, self.measure):
+            part.check()
+
 
 def main() -> None:
-    arguments, config = parse(PretrainArguments, PretrainConfig)
-    pretrain(arguments, config)
+    pretrain(RunSettings(*parse(*RunSettings.CLASSES, refused=FOLLOWS)))
 
 
-def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
-    """Train what the arguments say, unless it is done."""
-    inputs = [arguments.data, arguments.tokenizer]
-    stage = Stage("pretrain", config.output_dir, [arguments, config], inputs, arguments.rerun)
+def pretrain(settings: RunSettings) -> None:
+    """Train what the settings say, unless it is done."""
+    arguments, measure, config = settings.arguments, settings.measure, settings.config
+    groups = [arguments, settings.network, settings.horizon, measure, config]
+    stage = Stage("pretrain", config.output_dir, groups, [arguments.data, arguments.tokenizer], arguments.rerun)
     if stage.is_done():
         return
     logging.disable_progress_bar()  # of writing checkpoints, which would tear the one of training
@@ -107,46 +128,37 @@ def pretrain(arguments: PretrainArguments, config: PretrainConfig) -> None:
         stage.say(
             f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
         )
-    tasks = core_tasks(arguments.core_bundle, config) if arguments.core_bundle else []
+    tasks = core_tasks(measure.core_bundle, config) if measure.core_bundle else []
     checkpoint = checkpoint_to_resume(stage, config)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    source = open_documents(arguments.data, arguments.text_column)
-    network = network_config(arguments, config.era, tokenizer)
-    plan = set_run(arguments, config, network, checkpoint, partial(make_rows, arguments, config, source, tokenizer))
-    samples = Samples(tokenizer, arguments.sample_prompts)
-    evaluations = [
-        Evaluation(Validation(arguments, config, source, tokenizer), arguments.validate_every),
-        Evaluation(samples, arguments.sample_every),
-    ]
+    documents = open_documents(arguments.data, arguments.text_column)
+    length = settings.network.sequence_length
+    source = RowSource(documents, tokenizer, length, config.process_index, config.world_size)
+    network = settings.network.network(len(tokenizer), **generation_token_ids(tokenizer))
+    config.optimizer_era = config.optimizer_era or network.init_scheme
+    settled = settle(settings, network, source, checkpoint)
+    settled.apply(config)
+    samples = Samples(tokenizer, measure.sample_prompts)
+    validation = Validation(source.validation(measure.validation_tokens, settled.rows), tokenizer)
+    evaluations = [Evaluation(validation, measure.validate_every), Evaluation(samples, measure.sample_every)]
     if tasks:
-        evaluations.append(Evaluation(core_of(tokenizer, tasks, arguments.core_examples), arguments.core_every))
+        evaluations.append(Evaluation(core_of(tokenizer, tasks, measure.core_examples), measure.core_every))
     trainer = PretrainTrainer(
         make_model(network, config),
         config,
-        make_rows(arguments, config, source, tokenizer),
+        source.training(settled.rows, config.device),
         evaluations=evaluations,
         processing_class=tokenizer,
     )
-    announce(stage, trainer, plan)
+    if arguments.max_minutes is not None and checkpoint is None:
+        trainer.add_callback(TimeBudget(trainer, stage.started + 60 * arguments.max_minutes))
+    announce(stage, trainer, settled)
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.whole_model()
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir)
-    stage.finish(results_of(trainer, plan), trainer.state.log_history, samples.taken)
-
-
-def network_config(arguments: PretrainArguments, era: str, tokenizer: PreTrainedTokenizerBase) -> NanoChatGPTConfig:
-    """The shape that the depth gives, with the tokenizer's vocabulary and special tokens."""
-    return NanoChatGPTConfig.from_depth(
-        arguments.depth,
-        vocab_size=len(tokenizer),
-        head_dim=arguments.head_dim,
-        aspect_ratio=arguments.aspect_ratio,
-        max_position_embeddings=arguments.sequence_length,
-        era=era,
-        window_pattern=arguments.window_pattern,
-        **generation_token_ids(tokenizer),
-    )
+    done = dataclasses.replace(settled.plan, steps=trainer.state.global_step)  # a budget of minutes moves the end
+    stage.finish(results_of(trainer, done), trainer.state.log_history, samples.taken)
 
 
 def make_model(network: NanoChatGPTConfig, config: PretrainConfig) -> NanoChatGPTForCausalLM:
@@ -155,75 +167,60 @@ def make_model(network: NanoChatGPTConfig, config: PretrainConfig) -> NanoChatGP
     return NanoChatGPTForCausalLM(network)
 
 
-def make_rows(
-    arguments: PretrainArguments,
-    config: PretrainConfig,
-    source: DocumentSource,
-    tokenizer: PreTrainedTokenizerBase,
-) -> RowLoader:
-    """The training rows of this rank."""
-    length = arguments.sequence_length
+@dataclass(frozen=True)
+class Settled:
+    """What a run is going to be, where its settings left something open."""
 
-    def open_stream(stream: int, streams: int) -> PackedRows:
-        return PackedRows(source, tokenizer, length + 1, stream=stream, num_streams=streams)
+    plan: scaling.TrainingPlan
+    rows: int  # of a micro-batch on each device
+    accumulation_steps: int
+    seconds: float | None  # that the run was found to take, if it was tried
 
-    return RowLoader(
-        open_stream,
-        config.per_device_train_batch_size,
-        length,
-        rank=config.process_index,
-        ranks=config.world_size,
-        device=config.device,
-    )
+    def apply(self, config: PretrainConfig) -> None:
+        """Write it into the Trainer's settings. Once: what is written there is what the run does."""
+        config.max_steps = self.plan.steps
+        config.per_device_train_batch_size = self.rows
+        config.gradient_accumulation_steps = self.accumulation_steps
+        config.weight_decay = self.plan.weight_decay if config.weight_decay is None else config.weight_decay
 
 
-def set_run(
-    arguments: PretrainArguments,
-    config: PretrainConfig,
-    network: NanoChatGPTConfig,
-    checkpoint: str | None,
-    make_rows: Callable[[], RowLoader],
-) -> scaling.TrainingPlan:
-    """Settle what the arguments leave open: steps, micro-batch, accumulation and weight decay, all written to `config`.
+def settle(settings: RunSettings, network: NanoChatGPTConfig, source: RowSource, checkpoint: str | None) -> Settled:
+    """Settle batch, micro-batch, number of steps and decay from the settings, the shape and the machine.
 
     A run that is resumed keeps the number of steps it began with, whatever this machine would do in the same minutes.
     """
+    config, horizon = settings.config, settings.horizon
     make_plan = partial(
         scaling.plan_training,
         network,
-        era=config.era,
-        aspect_ratio=arguments.aspect_ratio,
-        tokens_per_parameter=arguments.tokens_per_parameter,
+        era=config.optimizer_era,
+        aspect_ratio=settings.network.aspect_ratio,
+        tokens_per_parameter=horizon.tokens_per_parameter,
     )
     plan = make_plan(
-        batch_tokens=arguments.total_batch_tokens,
+        batch_tokens=horizon.total_batch_tokens,
         max_steps=config.max_steps if config.max_steps > 0 else None,
-        target_flops=arguments.target_flops,
+        target_flops=horizon.target_flops,
     )
-    if not config.per_device_train_batch_size:
-        config.per_device_train_batch_size = memory.rows_that_fit(
-            network,
-            batch_tokens=plan.batch_tokens,
-            sequence_length=arguments.sequence_length,
-            world_size=config.world_size,
-            device=config.device,
-            dtype=devices.choose_dtype(config.activation_dtype, config.device),
-        )
-    config.gradient_accumulation_steps = scaling.accumulation_steps(
-        plan.batch_tokens, config.per_device_train_batch_size, arguments.sequence_length, config.world_size
+    rows = config.per_device_train_batch_size or memory.rows_that_fit(
+        network,
+        batch_tokens=plan.batch_tokens,
+        sequence_length=source.sequence_length,
+        world_size=config.world_size,
+        device=config.device,
+        dtype=devices.choose_dtype(config.activation_dtype, config.device),
     )
-    steps = plan.steps
+    accumulation = scaling.accumulation_steps(plan.batch_tokens, rows, source.sequence_length, config.world_size)
+    steps, seconds = plan.steps, None
     if checkpoint is not None:
         steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).max_steps
-    elif arguments.max_minutes is not None:
-        budget = 60 * arguments.max_minutes * SHARE_FOR_TRAINING
-        seconds = seconds_per_micro_batch(network, config, make_rows()) * config.gradient_accumulation_steps
-        steps = max(1, min(steps, int(budget / seconds)))
-    plan = make_plan(batch_tokens=plan.batch_tokens, max_steps=steps)
-    config.max_steps = plan.steps
-    if config.weight_decay is None:
-        config.weight_decay = plan.weight_decay
-    return plan
+    elif settings.arguments.max_minutes is not None:
+        budget = 60 * settings.arguments.max_minutes
+        pace = seconds_per_micro_batch(network, config, source.training(rows, config.device)) * accumulation
+        possible = max(1, int(budget * SHARE_FOR_TRAINING / pace))
+        seconds = budget if possible < steps else steps * pace / SHARE_FOR_TRAINING
+        steps = min(steps, possible)
+    return Settled(make_plan(batch_tokens=plan.batch_tokens, max_steps=steps), rows, accumulation, seconds)
 
 
 def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, rows: RowLoader) -> float:
@@ -248,26 +245,10 @@ def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, 
 
 
 class Validation:
-    """Bits per byte on the validation documents, packed as in training; the rows are made once."""
+    """Bits per byte of the network on validation batches."""
 
-    def __init__(
-        self,
-        arguments: PretrainArguments,
-        config: PretrainConfig,
-        source: DocumentSource,
-        tokenizer: PreTrainedTokenizerBase,
-    ):
-        rank, ranks = config.process_index, config.world_size
-        length, size = arguments.sequence_length, config.per_device_train_batch_size
-        packed = PackedRows(source, tokenizer, length + 1, split="validation", stream=rank, num_streams=ranks)
-        rows = [
-            torch.from_numpy(row) for row in islice(packed, max(1, arguments.validation_tokens // (length * ranks)))
-        ]
-        self.batches = [
-            {"input_ids": batch[:, :-1].long(), "shift_labels": batch[:, 1:].long()}  # (B, T) each
-            for batch in (torch.stack(rows[start : start + size]) for start in range(0, len(rows), size))
-        ]
-        self.token_bytes = token_bytes(tokenizer)
+    def __init__(self, batches: list[dict[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase):
+        self.batches, self.token_bytes = batches, token_bytes(tokenizer)
 
     def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
         return {BITS_PER_BYTE: evaluate_bits_per_byte(model, self.batches, self.token_bytes)}
@@ -336,8 +317,9 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
     return results
 
 
-def announce(stage: Stage, trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> None:
-    config, network = trainer.args, trainer.model.config
+def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:
+    config, network, plan = trainer.args, trainer.model.config, settled.plan
+    expected = plan.flops / (trainer.peak_flops_per_second * devices.EXPECTED_UTILISATION[config.device.type])
     needed = memory.memory_per_device(
         network,
         config.per_device_train_batch_size,
@@ -356,7 +338,7 @@ def announce(stage: Stage, trainer: PretrainTrainer, plan: scaling.TrainingPlan)
         activations=str(trainer.activation_dtype).removeprefix("torch."),
         compiled=bool(config.torch_compile),
         bytes=sum(needed.values()),
-        seconds=plan.flops / (trainer.peak_flops_per_second * devices.EXPECTED_UTILISATION[config.device.type]),
+        seconds=settled.seconds or expected,
     )
 
 

@@ -8,7 +8,6 @@ too. The report is one Markdown file with its pictures in a folder beside it. Co
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, markdown_table
+from modeling_nanochat.training.whole_files import write_whole_file
 
 Record = dict[str, Any]
 
@@ -75,9 +75,8 @@ def write_report(arguments: ReportArguments) -> Path:
     for record in records:
         picture = draw_curves(record, pictures / f"{record['name']}.png")
         sections.append(section(record, picture.relative_to(file.parent) if picture else None))
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    text = "\n\n".join(sections) + "\n"
+    write_whole_file(file, lambda path: path.write_text(text, encoding="utf-8"))
     return file
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from modeling_nanochat.recipes.command_line import parse, run
-from modeling_nanochat.recipes.pretrain import PretrainArguments, pretrain
+from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, pretrain
 from modeling_nanochat.recipes.stages.record import Stage, read_stage
-from modeling_nanochat.training.trainers.pretrain import PretrainConfig
 
 
 @dataclass
@@ -58,11 +57,17 @@ class Optimum:
     bits_per_byte: float
 
 
-def run_cell(arguments: PretrainArguments, config: PretrainConfig, flops: float, depth: int) -> Cell:
+def run_cell(settings: RunSettings, flops: float, depth: int) -> Cell:
     """Train one cell, or read what it came to if it is done."""
-    folder = Path(config.output_dir) / f"flops_{flops:.2e}" / f"depth_{depth:02d}"
-    cell_config = dataclasses.replace(config, output_dir=str(folder))
-    pretrain(dataclasses.replace(arguments, depth=depth, target_flops=flops), cell_config)
+    folder = Path(settings.config.output_dir) / f"flops_{flops:.2e}" / f"depth_{depth:02d}"
+    pretrain(
+        dataclasses.replace(
+            settings,
+            network=dataclasses.replace(settings.network, depth=depth),
+            horizon=dataclasses.replace(settings.horizon, target_flops=flops),
+            config=dataclasses.replace(settings.config, output_dir=str(folder)),
+        )
+    )
     results = read_stage(folder)["results"]
     return Cell(flops, depth, results["scaling_parameters"], results["tokens"], results["validation_bits_per_byte"])
 
@@ -123,13 +128,15 @@ def plot(cells: Sequence[Cell], optima: Sequence[Optimum], file: Path) -> None:
 
 
 def main() -> None:
-    sweep, arguments, config = parse(SweepArguments, PretrainArguments, PretrainConfig)
+    sweep, *groups = parse(SweepArguments, *RunSettings.CLASSES, refused=FOLLOWS | {"depth": "depths"})
+    settings = RunSettings(*groups)
+    arguments, config = settings.arguments, settings.config
     inputs = [arguments.data, arguments.tokenizer]
-    stage = Stage("scaling_laws", config.output_dir, [sweep, arguments, config], inputs, arguments.rerun)
+    stage = Stage("scaling_laws", config.output_dir, [sweep, *groups], inputs, arguments.rerun)
     if stage.is_done():
         return
     stage.announce(runs=len(sweep.flops) * len(sweep.depths), flops=len(sweep.depths) * sum(sweep.flops))
-    cells = [run_cell(arguments, config, flops, depth) for flops in sweep.flops for depth in sweep.depths]
+    cells = [run_cell(settings, flops, depth) for flops in sweep.flops for depth in sweep.depths]
     optima = [best_of_budget([cell for cell in cells if cell.flops == flops]) for flops in sweep.flops]
     optima = [optimum for optimum in optima if optimum is not None]
     results: dict[str, object] = {

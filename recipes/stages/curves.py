@@ -4,7 +4,6 @@ What is drawn is a table (`PANELS`). Noisy series are drawn pale with their runn
 `_low` and `_high` beside them get a band. Drawn by matplotlib without a screen.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from modeling_nanochat.training.whole_files import write_whole_file
 
 Log = Sequence[dict[str, Any]]
 COLORS = ("#1f5fa8", "#d1603d", "#2f8f6b")  # blue, red, green: told apart in print and by the colour-blind
@@ -85,11 +86,8 @@ def draw_curves(record: dict[str, Any], file: Path) -> Path | None:
         for panel, ax in zip(panels, axes[0]):
             draw_panel(ax, panel, log)
             ax.set_xlim(-0.02 * last, 1.02 * last)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp.png")
-        figure.savefig(temporary)
+        write_whole_file(file, lambda path: figure.savefig(path, format="png"))
         plt.close(figure)
-    os.replace(temporary, file)
     return file
 
 

@@ -22,7 +22,8 @@ from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.devices import choose_dtype
-from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
+from modeling_nanochat.training.whole_files import replace_files
 
 
 def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,7 +64,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    publish_files(output_dir, write)
+    replace_files(output_dir, write)
 
 
 def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:

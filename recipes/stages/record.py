@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from modeling_nanochat.training.whole_files import write_json
+
 FILE_NAME = "stage.json"
 # Where a run writes, and how it is resumed or restarted, does not change what it computes.
 NOT_PART_OF_THE_WORK = {"output_dir", "rerun", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm"}
@@ -105,14 +107,6 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
     """The record that a finished stage left in `folder`, or None."""
     file = Path(folder) / FILE_NAME
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Write `record` whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    os.replace(temporary, file)
 
 
 def is_main_process() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from modeling_nanochat.recipes import scaling_laws
-from modeling_nanochat.recipes.pretrain import PretrainArguments, core_tasks, pretrain
+from modeling_nanochat.recipes.pretrain import RunSettings, core_tasks, pretrain
 from modeling_nanochat.recipes.stages.record import read_stage
 from modeling_nanochat.training.tokenizer import train_tokenizer
-from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
+from modeling_nanochat.training.trainers.pretrain import PretrainTrainer
 
 WORDS = ["the", "a", "of", "king", "queen", "castle", "river", "mountain", "says", "goes", "sees", "dark", "bright"]
 WORDS += ["garden", "winter", "silver", "quiet", "journey", "bridge", "village"]
@@ -33,27 +34,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-def settings(folder, output, **changes) -> tuple[PretrainArguments, PretrainConfig]:
-    """The two sets of arguments of a tiny run; `changes` go to the one that has the field."""
-    arguments = {
-        "data": str(folder / "shards"),
-        "tokenizer": str(folder / "tokenizer"),
-        "depth": 2,
-        "head_dim": 32,
-        "sequence_length": 32,
-        "total_batch_tokens": 256,
-        "validate_every": 2,
-        "validation_tokens": 640,
-        "sample_prompts": ["the king"],
-    }
-    config = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "disable_tqdm": True, "polar_dtype": "float32"}
-    for name, value in changes.items():
-        (arguments if name in PretrainArguments.__dataclass_fields__ else config)[name] = value
-    return PretrainArguments(**arguments), PretrainConfig(output_dir=str(output), **config)
+def settings(folder, output, **changes) -> RunSettings:
+    """The settings of a tiny run; each of `changes` goes to the group that has the field."""
+    wanted = {
+        "data": str(folder / "shards"), "tokenizer": str(folder / "tokenizer"), "output_dir": str(output),
+        "depth": 2, "head_dim": 32, "sequence_length": 32, "total_batch_tokens": 256, "per_device_train_batch_size": 8,
+        "validate_every": 2, "validation_tokens": 640, "sample_prompts": ["the king"],
+        "max_steps": 4, "save_steps": 2, "use_cpu": True, "disable_tqdm": True, "polar_dtype": "float32", **changes,
+    }  # fmt: skip
+    groups = [
+        group(**{name: wanted.pop(name) for name in list(wanted) if name in group.__dataclass_fields__})
+        for group in RunSettings.CLASSES
+    ]
+    assert not wanted
+    return RunSettings(*groups)
 
 
 def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys, monkeypatch):
-    pretrain(*settings(folder, tmp_path))
+    pretrain(settings(folder, tmp_path))
     printed = capsys.readouterr().out
     assert "4 steps" in printed and "batch 8 x 32 tokens x 1 x 1 device(s)" in printed
     record = read_stage(tmp_path)
@@ -71,7 +69,7 @@ def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys
     assert not (tmp_path / "training_args.bin").exists()
 
     monkeypatch.setattr(PretrainTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
-    pretrain(*settings(folder, tmp_path))
+    pretrain(settings(folder, tmp_path))
     assert "already done" in capsys.readouterr().out
 
 
@@ -82,19 +80,19 @@ def test_core_is_measured_on_the_way(folder, tmp_path):
     (bundle / "core.yaml").write_text(f"icl_tasks:\n- {task}\n")
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nnext,0\n")
     with pytest.raises(ValueError, match="next"):  # its data is missing: said before anything is trained
-        pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle)))
+        pretrain(settings(folder, tmp_path / "base", core_bundle=str(bundle)))
     (bundle / "eval_data").mkdir()
     rows = [
         {"context": "the king says", "continuation": "the bridge"},
         {"context": "a river", "continuation": "a castle"},
     ]
     (bundle / "eval_data" / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pretrain(*settings(folder, tmp_path / "base", core_bundle=str(bundle), core_every=3))
+    pretrain(settings(folder, tmp_path / "base", core_bundle=str(bundle), core_every=3))
     record = read_stage(tmp_path / "base")
     assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
     assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0
     with pytest.raises(ValueError, match="under FSDP"):
-        core_tasks(str(bundle), settings(folder, tmp_path, fsdp="full_shard")[1])
+        core_tasks(str(bundle), settings(folder, tmp_path, fsdp="full_shard").config)
 
 
 def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monkeypatch):
@@ -104,27 +102,43 @@ def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("modeling_nanochat.recipes.pretrain.save_checkpoint", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(*settings(folder, tmp_path, max_steps=2))
+            pretrain(settings(folder, tmp_path, max_steps=2))
     assert (tmp_path / "checkpoint-2").is_dir() and read_stage(tmp_path) is None
 
     with pytest.raises(ValueError, match=r"unfinished run with other settings.*checkpoint-2.*--rerun true"):
-        pretrain(*settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))
-    pretrain(*settings(folder, tmp_path, max_steps=2))
+        pretrain(settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))
+    pretrain(settings(folder, tmp_path, max_steps=2))
     steps = [line["step"] for line in read_stage(tmp_path)["log_history"] if "loss" in line]
     assert steps == [1, 2]  # read from the checkpoint: nothing was trained again
-    pretrain(*settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))  # a finished run gives way
+    pretrain(settings(folder, tmp_path, max_steps=2, matrix_lr=0.5))  # a finished run gives way
     assert read_stage(tmp_path)["arguments"]["matrix_lr"] == 0.5
 
 
-def test_minutes_bound_the_horizon(folder, tmp_path):
-    pretrain(*settings(folder, tmp_path, max_steps=10**6, max_minutes=0.002, save_strategy="no"))
-    results = read_stage(tmp_path)["results"]
-    assert 1 <= results["steps"] < 10**4
+def test_minutes_are_kept_whatever_else_runs(folder, tmp_path, monkeypatch, capsys):
+    """Every step of the run takes longer than those of the trial, as beside other work: the end comes all the same."""
+    plain = PretrainTrainer.training_step
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.02 if self.evaluations else 0.005)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", slow)
+    run = settings(
+        folder, tmp_path, max_steps=10**6, max_minutes=0.15, save_strategy="no", validate_every=20, logging_steps=1
+    )
+    started = time.time()
+    pretrain(run)
+    assert time.time() - started == pytest.approx(9, abs=1.5)  # the rest is what the last save takes
+    record = read_stage(tmp_path)
+    assert record["announced"]["seconds"] == pytest.approx(9)
+    assert record["results"]["steps"] * 0.02 < 9 and record["results"]["steps"] != record["announced"]["steps"]
+    rates = [line["learning_rate"] for line in record["log_history"] if "learning_rate" in line]
+    assert rates[-1] < 0.1 * rates[0]
 
 
 def test_indivisible_batch_is_explained(folder, tmp_path):
     with pytest.raises(ValueError, match=r"a batch of 250 tokens cannot be made of .* such as 256"):
-        pretrain(*settings(folder, tmp_path, total_batch_tokens=250))
+        pretrain(settings(folder, tmp_path, total_batch_tokens=250))
     assert not (tmp_path / "stage.begun.json").exists()
 
 
@@ -148,14 +162,18 @@ def test_scaling_laws_find_the_bottom_of_parabolas():
 def test_budgets_of_the_configs_are_numbers():
     configs = Path(scaling_laws.__file__).parent / "configs"
     for name in ("scaling_laws", "scaling_laws_toy"):
-        parser = TrlParser((scaling_laws.SweepArguments, PretrainArguments, PretrainConfig))
+        parser = TrlParser((scaling_laws.SweepArguments, *RunSettings.CLASSES))
         sweep, *_ = parser.parse_args_and_config(["--config", str(configs / f"{name}.yaml")])
         assert all(isinstance(budget, float) for budget in sweep.flops) and len(sweep.flops) >= 3
 
 
 def test_sweep_runs_plots_and_is_not_repeated(folder, tmp_path, monkeypatch, capsys):
-    arguments, config = settings(folder, tmp_path / "sweep", max_steps=-1, save_strategy="no", sample_prompts=[])
-    monkeypatch.setattr(scaling_laws, "parse", lambda *classes: (sweep, arguments, config))
+    groups = settings(folder, tmp_path / "sweep", max_steps=-1, save_strategy="no", sample_prompts=[])
+    monkeypatch.setattr(
+        scaling_laws,
+        "parse",
+        lambda *_, **__: (sweep, *vars(groups).values()),
+    )
     sweep = scaling_laws.SweepArguments(flops=[2.5e9], depths=[1, 2])
     scaling_laws.main()
     results = read_stage(tmp_path / "sweep")["results"]

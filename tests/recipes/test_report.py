@@ -14,10 +14,11 @@ from modeling_nanochat.recipes.evaluate import column_names
 from modeling_nanochat.recipes.report import ReportArguments, number, readable, write_report
 from modeling_nanochat.recipes.stages.curves import PANELS, draw_curves, points, running_mean
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
-from modeling_nanochat.recipes.stages.record import describe_machine, read_stage, write_json
+from modeling_nanochat.recipes.stages.record import describe_machine, read_stage
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, text_table
 from modeling_nanochat.tokenization_nanochat_gpt import message_text
 from modeling_nanochat.training.tokenizer import train_tokenizer
+from modeling_nanochat.training.whole_files import write_json
 
 
 def record(name: str, **parts) -> dict:

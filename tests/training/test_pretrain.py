@@ -189,7 +189,7 @@ def test_rates_decay_and_schedules_reach_the_groups(tmp_path):
     [
         ({"max_grad_norm": 1.0}, r"max_grad_norm=1.0, expected 0"),
         ({"activation_dtype": "float16"}, r"'float16', expected auto, bfloat16 or float32"),
-        ({"era": "launch"}, r"era='launch', expected one of seed, head"),
+        ({"optimizer_era": "launch"}, r"optimizer_era is 'launch', expected one of seed, head"),
         ({"max_steps": -1}, r"max_steps=-1, expected at least 1"),
     ],
 )

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.training.data.row_loader import RowLoader
-from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, publish_files, remove_old_checkpoints
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, remove_old_checkpoints
 from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
+from modeling_nanochat.training.whole_files import replace_files
 from tests.ranks import PROCESSES, free_port, join_ranks
 
 STEPS, SAVE_EVERY, LENGTH, VOCABULARY = 9, 3, 16, 64
@@ -92,7 +93,7 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
     trainer.train(resume_from_checkpoint=True)
     whole = trainer.whole_model()
     if rank == 0:
-        publish_files(folder, whole.save_pretrained)
+        replace_files(folder, whole.save_pretrained)
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
@@ -199,9 +200,9 @@ def test_published_files_replace_whole_ones(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        publish_files(tmp_path, fail)
+        replace_files(tmp_path, fail)
     assert (tmp_path / "config.json").read_text() == "old"
-    publish_files(tmp_path, lambda folder: (folder / "config.json").write_text("new"))
+    replace_files(tmp_path, lambda folder: (folder / "config.json").write_text("new"))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "new", "notes.txt": "kept"}
 
 

@@ -8,8 +8,7 @@ All ranks must see the same file system.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-STAGING = ".incomplete"
+from modeling_nanochat.training.whole_files import STAGING, whole_folder
+
 OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
 
 
@@ -33,7 +33,7 @@ class WholeCheckpointsMixin:
         self.store_flos()
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
-        with staged_folder(target, is_main_process=is_main, barrier=barrier) as folder:
+        with whole_folder(target, is_main_process=is_main, barrier=barrier) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
@@ -111,49 +111,6 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
     return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
 
 
-@contextmanager
-def staged_folder(target: str | Path, *, is_main_process: bool, barrier: Callable[[], None]) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` when the block ends on all ranks.
-
-    Args:
-        target: where the folder is to appear; what is there already is replaced.
-        is_main_process: whether this process does the renaming; exactly one does.
-        barrier: waits for all ranks.
-    """
-    target = Path(target)
-    staging = target.parent / STAGING
-    if is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left behind
-        (staging / target.name).mkdir(parents=True)
-    barrier()
-    yield staging / target.name
-    barrier()
-    if is_main_process:
-        flush(staging / target.name)
-        if target.exists():
-            os.rename(target, staging / "replaced")
-        os.rename(staging / target.name, target)
-        flush(target.parent, recursive=False)
-        shutil.rmtree(staging)
-    barrier()
-
-
-def publish_files(folder: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill an empty folder, then move its files one by one over those of `folder`, each of them whole."""
-    folder = Path(folder)
-    staging = folder / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write(staging)
-    flush(staging)
-    for file in sorted(staging.rglob("*")):
-        if file.is_file():
-            destination = folder / file.relative_to(staging)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, destination)
-    shutil.rmtree(staging)
-
-
 def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
     """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all."""
     for old in sort_checkpoints(str(output_dir))[: -keep if keep else 0]:
@@ -161,13 +118,3 @@ def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
         doomed.parent.mkdir(exist_ok=True)
         os.rename(old, doomed)
         shutil.rmtree(doomed.parent)
-
-
-def flush(folder: Path, recursive: bool = True) -> None:
-    """Make sure that the names in `folder`, and with `recursive` all that is below, have reached the disk."""
-    for path in [folder, *(folder.rglob("*") if recursive else ())]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

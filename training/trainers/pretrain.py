@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -26,9 +26,10 @@ from transformers.trainer_utils import TrainOutput
 from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.data.row_loader import RowLoader
-from modeling_nanochat.training.optimizer.eras import OPTIMIZER_ERAS, optimizer_era, pretraining_schedules
+from modeling_nanochat.training.optimizer.eras import optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
-from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin, check_precision_and_clipping
+from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
+from modeling_nanochat.training.trainers.settings import COMMON, MuonArguments, check_range
 
 # A run this long pays for its compilation. On two CPU cores that took about a minute and then saved 7% of a float32
 # step (depth 3, rows of 256) to 32% (depth 4, rows of 512 with windows), at 30 to 45 GFLOP/s; on a GPU it takes about a
@@ -37,21 +38,14 @@ COMPILE_FROM_FLOPS = {"cpu": 3e13, "cuda": 1e16}
 
 
 @dataclass
-class PretrainConfig(TrainingArguments):
+class PretrainConfig(MuonArguments, TrainingArguments):
     """Settings of `PretrainTrainer`: the Trainer's own, leaner by default, and those of the optimizer's groups."""
 
-    era: str = field(
-        default="seed", metadata={"help": "Optimizer and schedules of upstream's 'seed' (2026-02) or 'head' (2026-07)."}
-    )
-    activation_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Dtype of the activations over float32 weights: 'bfloat16', 'float32', or 'auto': bfloat16 where "
-            "the hardware multiplies it."
-        },
-    )
-    polar_dtype: str = field(
-        default="auto", metadata={"help": "Dtype of Muon's orthogonalisation: 'bfloat16', 'float32' or 'auto'."}
+    acts: ClassVar[frozenset[str]] = COMMON | {"warmup_steps", "eval_on_start"}
+
+    per_device_train_batch_size: int = field(
+        default=0,
+        metadata={"help": "Rows of a micro-batch; 0: on a GPU what its memory holds, on a CPU what is fastest."},
     )
     torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model; by default if the run is long enough to pay for it."}
@@ -79,25 +73,33 @@ class PretrainConfig(TrainingArguments):
         default=None,
         metadata={"help": "What the learning rates fall to, as a fraction of their height; by default the era's."},
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no clipping here."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step by itself."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are no numbers."})
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "Must stay true: the loader knows its position."})
     average_tokens_across_devices: bool = field(
-        default=False, metadata={"help": "Count targets over all devices; needless here, as all rows are full."}
+        default=False, metadata={"help": "Must stay false: all rows are full, so there is nothing to count."}
     )
 
     def __post_init__(self):
-        if self.era not in OPTIMIZER_ERAS:
-            raise ValueError(f"era={self.era!r}, expected one of {', '.join(OPTIMIZER_ERAS)}")
-        for name in ("warmup_steps", "warmdown_ratio", "final_lr_frac"):
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(OPTIMIZER_ERAS[self.era], name))
+        warmup = self.warmup_steps
+        self.warmup_steps = warmup or 0  # the parent knows no None
         super().__post_init__()
-        check_precision_and_clipping(self)
+        self.warmup_steps = warmup
+
+    def check_ranges(self) -> None:
+        super().check_ranges()
+        check_range(self, "per_device_train_batch_size", 0)
+        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "warmup_steps"):
+            check_range(self, name, 0)
+        for name in ("warmdown_ratio", "final_lr_frac"):
+            check_range(self, name, 0, 1)
+        if not self.ignore_data_skip or self.average_tokens_across_devices:
+            raise ValueError(
+                f"ignore_data_skip={self.ignore_data_skip}, average_tokens_across_devices="
+                f"{self.average_tokens_across_devices}; expected true and false: rows are full and know their position"
+            )
 
 
 @dataclass
@@ -161,8 +163,12 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         self.flops_per_token = scaling.flops_per_token(model.config, rows.sequence_length)
         self.batch_tokens = rows.rows * rows.ranks * rows.sequence_length * args.gradient_accumulation_steps
         self._choose_compilation(args)
+        args.per_device_train_batch_size = rows.rows
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device: the Trainer would take all, by DataParallel
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
+        for name in ("warmup_steps", "warmdown_ratio", "final_lr_frac"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(optimizer_era(self.optimizer_era), name))
         self.set_up_muon(args.activation_dtype)
         self.model_accepts_loss_kwargs = False  # the mean over a micro-batch is right: all rows are full
         if args.device.type == "cuda" and self.activation_dtype == torch.bfloat16 and not self.is_fsdp_enabled:
@@ -170,6 +176,7 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         self.add_callback(StepSchedule(evaluations))
         peak = devices.peak_flops_per_second(args.device, self.activation_dtype)
         self.peak_flops_per_second = peak * args.world_size
+        self._last_seconds = {"evaluate": 0.0, "save": 0.0}
         self._start_clock()
 
     def _choose_compilation(self, args: PretrainConfig) -> None:
@@ -185,10 +192,10 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
     def param_group_settings(self) -> dict[str, Any]:
         args, decay = self.args, self.args.weight_decay
         if decay is None:
-            decay = scaling.scaled_weight_decay(self.model.config, self.batch_tokens, era=args.era)
-        base_rates = {name: getattr(args, name) for name in optimizer_era(args.era).base_rates}
+            decay = scaling.scaled_weight_decay(self.model.config, self.batch_tokens, era=self.optimizer_era)
+        base_rates = {name: getattr(args, name) for name in optimizer_era(self.optimizer_era).base_rates}
         return {
-            "era": args.era,
+            "era": self.optimizer_era,
             "batch_tokens": self.batch_tokens,
             "weight_decay": decay,
             "polar_dtype": args.polar_dtype,
@@ -199,7 +206,7 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
     def schedules(self) -> dict[str, Any]:
         args = self.args
         return pretraining_schedules(
-            args.era,
+            self.optimizer_era,
             warmup_steps=args.warmup_steps,
             warmdown_ratio=args.warmdown_ratio,
             final_lr_frac=args.final_lr_frac,
@@ -223,20 +230,26 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
             self._start_clock()
         super().log(logs, start_time)
 
+    @property
+    def seconds_of_the_end(self) -> float:
+        """What the last evaluation and the last save took: about what comes after the last step."""
+        return self._last_seconds["evaluate"] + self._last_seconds["save"]
+
     def _start_clock(self) -> None:
         self._clock, self._seconds_aside, self._logged_step = time.perf_counter(), 0.0, self.state.global_step
 
     @contextmanager
-    def _time_aside(self) -> Iterator[None]:
+    def _time_aside(self, what: str) -> Iterator[None]:
         """What happens in here is not counted as training in the log."""
         start = time.perf_counter()
         yield
-        self._seconds_aside += time.perf_counter() - start
+        self._last_seconds[what] = time.perf_counter() - start
+        self._seconds_aside += self._last_seconds[what]
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Run the evaluations that are due at this step, in eval mode, and log their figures."""
         metrics: dict[str, float] = {}
-        with self._time_aside():
+        with self._time_aside("evaluate"):
             with eval_mode(self.model):
                 for evaluation in self.evaluations:
                     if evaluation.due(self.state.global_step, self.state.max_steps):
@@ -261,7 +274,7 @@ class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
         return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self._time_aside():
+        with self._time_aside("save"):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_position(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ The samples of a step depend on the seed and the step alone: any number of ranks
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -33,8 +33,15 @@ from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.optimizer.schedules import rl_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
-from modeling_nanochat.training.trainers.muon_trainer import MuonArguments, MuonTrainerMixin
+from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.rollouts import sample_completions
+from modeling_nanochat.training.trainers.settings import (
+    ACTS_IN_FINE_TUNING,
+    COMMON,
+    MuonArguments,
+    check_fine_tuning_ranges,
+    check_range,
+)
 
 # What makes GRPO into REINFORCE, and what sampling from the whole distribution at temperature 1 means.
 PLAIN_REINFORCE = {
@@ -64,6 +71,15 @@ class ReinforceConfig(MuonArguments, GRPOConfig):
     of each question; the defaults are upstream's 16 questions x 16 samples.
     """
 
+    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | {
+        "generation_batch_size", "steps_per_generation", "shuffle_dataset", *PLAIN_REINFORCE
+    }  # fmt: skip
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
+    )
     init_lr_frac: float = field(
         default=0.05, metadata={"help": "Learning rates at the start, as a fraction of pretraining's."}
     )
@@ -77,11 +93,19 @@ class ReinforceConfig(MuonArguments, GRPOConfig):
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Samples drawn at once for pass@k."})
     scale_rewards: str = field(default="none", metadata={"help": "Must stay 'none': advantages are not scaled."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_ranges(self) -> None:
+        super().check_ranges()
+        check_fine_tuning_ranges(self)
+        for name in ("embedding_lr", "scalar_lr"):
+            check_range(self, name, 0)
+        for name in ("num_generations", "num_generations_eval", "max_completion_length"):
+            check_range(self, name, 1)
         for name, expected in PLAIN_REINFORCE.items():
             if getattr(self, name) != expected:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected {expected!r}: this is plain REINFORCE")
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.steps_per_generation != self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation}, expected gradient_accumulation_steps "
@@ -132,7 +156,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         self.set_up_muon(args.activation_dtype)
         self.generation_token_ids = generation_token_ids(processing_class)
         self.param_group_settings = {
-            "era": args.era,
+            "era": self.optimizer_era,
             "batch_tokens": scaling.REFERENCE_BATCH_TOKENS,  # upstream's rates do not depend on the batch here
             "init_lr_frac": args.init_lr_frac,
             "embedding_lr": args.embedding_lr,

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -32,7 +32,14 @@ from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.packing import PackingStats, pack_with_padding
 from modeling_nanochat.training.optimizer.schedules import sft_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
-from modeling_nanochat.training.trainers.muon_trainer import MuonArguments, MuonTrainerMixin
+from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
+from modeling_nanochat.training.trainers.settings import (
+    ACTS_IN_FINE_TUNING,
+    COMMON,
+    MuonArguments,
+    check_fine_tuning_ranges,
+    check_range,
+)
 
 
 @dataclass
@@ -42,6 +49,19 @@ class NanoChatSFTConfig(MuonArguments, SFTConfig):
     A batch is `per_device_train_batch_size` rows for each device and accumulation step.
     """
 
+    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | {
+        "dataset_num_proc", "average_tokens_across_devices", "packing", "padding_free", "assistant_only_loss",
+        "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    }  # fmt: skip
+
+    init_lr_frac: float = field(
+        default=1.0, metadata={"help": "Learning rates at the start, as a fraction of pretraining's."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
+    )
     warmdown_ratio: float = field(
         default=0.2, metadata={"help": "Share of the run at its end over which the learning rates fall to zero."}
     )
@@ -49,8 +69,11 @@ class NanoChatSFTConfig(MuonArguments, SFTConfig):
         default=None, metadata={"help": "Tokens in a packed row; the network's context length by default."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_ranges(self) -> None:
+        super().check_ranges()
+        check_fine_tuning_ranges(self)
+        check_range(self, "warmdown_ratio", 0, 1)
+        check_range(self, "max_length", 2)
         if self.packing or self.padding_free or self.assistant_only_loss:
             raise ValueError(
                 f"packing={self.packing}, padding_free={self.padding_free}, assistant_only_loss="
@@ -131,7 +154,7 @@ class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
         self.batch_tokens = batch_rows * args.max_length
         self.flops_per_token = scaling.flops_per_token(model.config, args.max_length)
         self.param_group_settings = {
-            "era": args.era,
+            "era": self.optimizer_era,
             "batch_tokens": self.batch_tokens,
             "init_lr_frac": args.init_lr_frac,
             "weight_decay": 0.0,
