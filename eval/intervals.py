@@ -9,23 +9,46 @@ question or none was solved.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from modeling_nanochat.eval.sampling import generate_batch
-from modeling_nanochat.tokenization_nanochat_gpt import render_prompt
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 Z_95 = 1.959963984540054  # of a normal distribution: 95% lie within so many deviations
 
 
-class Interval(NamedTuple):
-    """A mean and the bounds of its 95% confidence interval."""
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the bounds of its 95% confidence interval; as a number it is its mean."""
 
     mean: float
     low: float
     high: float
+
+    def __float__(self) -> float:
+        return self.mean
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers among n examples, with what makes it comparable.
+
+    Attributes:
+        stderr: standard error, as of a share of independent examples.
+        baseline: what guessing gives.
+        centered: the accuracy on a scale where guessing is 0 and perfection is 1.
+    """
+
+    accuracy: float
+    n: int
+    stderr: float
+    baseline: float
+    centered: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], baseline: float = 0.0) -> "Accuracy":
+        """Of one value in [0, 1] for each example; bools will do."""
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        return cls(mean, len(values), math.sqrt(variance / len(values)), baseline, (mean - baseline) / (1 - baseline))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -66,8 +89,8 @@ def mean_with_interval(values: Sequence[float], draws_per_value: int = 1) -> Int
     return Interval(mean, max(0.0, center - half_width), min(1.0, center + half_width))
 
 
-def summarize_passes(num_correct: Sequence[int], num_samples: int, ks: Sequence[int] = (1, 8)) -> dict[str, float]:
-    """Figures `pass@k`, `pass@k_low`, `pass@k_high` for every k up to the number of samples.
+def summarize_passes(num_correct: Sequence[int], num_samples: int, ks: Sequence[int] = (1, 8)) -> dict[str, Interval]:
+    """`pass@k` with its interval for every k up to the number of samples.
 
     Args:
         num_correct: for each question, how many of its samples were right.
@@ -78,43 +101,5 @@ def summarize_passes(num_correct: Sequence[int], num_samples: int, ks: Sequence[
     for k in ks:
         if k <= num_samples:
             values = [pass_at_k(num_samples, correct, k) for correct in num_correct]
-            interval = mean_with_interval(values, max(1, num_samples // k))
-            figures |= {f"pass@{k}": interval.mean, f"pass@{k}_low": interval.low, f"pass@{k}_high": interval.high}
+            figures[f"pass@{k}"] = mean_with_interval(values, max(1, num_samples // k))
     return figures
-
-
-def sample_and_judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    is_correct: Callable[[str, dict[str, Any]], bool],
-    *,
-    num_samples: int = 8,
-    **sampling: Any,
-) -> list[dict[str, Any]]:
-    """Sample answers to every row's question and judge them.
-
-    Args:
-        rows: `{"messages", ...}`; what is asked is everything before the last assistant message.
-        is_correct: called with (text of a completion, its row).
-        num_samples: completions of each question.
-        sampling: for `generate_batch`: max_new_tokens, temperature, top_k, seed, batch_rows.
-
-    Returns:
-        For each row `{"question": str, "completions": list of str, "correct": list of bool}`; the texts show the
-        calculator's marks.
-    """
-    questions = [question_of(row["messages"]) for row in rows]
-    prompts = [render_prompt(tokenizer, question) for question in questions]
-    samples = generate_batch(model, tokenizer, prompts, num_samples=num_samples, **sampling)
-    records = []
-    for question, row, completions in zip(questions, rows, samples):
-        texts = [tokenizer.decode(ids) for ids in completions]
-        correct = [bool(is_correct(text, row)) for text in texts]
-        records.append({"question": question[-1]["content"], "completions": texts, "correct": correct})
-    return records
-
-
-def question_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages before the last answer: what a model is asked."""
-    return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)

@@ -1,22 +1,24 @@
 """Chat evaluations: questions with letters, questions with checkable answers, and ChatCORE over both.
 
-A categorical question is answered by the likeliest of its letters right after `<|assistant_start|>`: one forward pass,
-nothing sampled, and a model that talks instead of answering is still measured on what it knows. A generative question
-is answered by sampling, and a checker says whether the answer is right. ChatCORE is the mean of the centred accuracies,
-0 for guessing and 1 for perfect; it compares models only over the same tasks, so say which went in.
+A categorical question is answered by the likeliest of its letters where the assistant begins to speak: one forward
+pass, nothing sampled, and a model that talks instead of answering is still measured on what it knows. A generative
+question is answered by sampling, and a checker says whether the answer is right. ChatCORE is the mean of the centered
+accuracies, 0 for guessing and 1 for perfect; it compares models only over the same tasks, so say which went in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_nanochat.eval.intervals import Interval, mean_with_interval
+from modeling_nanochat.eval.batches import batches_by_length
+from modeling_nanochat.eval.intervals import Accuracy
+from modeling_nanochat.eval.models import chat_prompt, logits_at
 from modeling_nanochat.eval.tasks import multiple_choice
-from modeling_nanochat.inference import eval_mode, pad_left
-from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, render_prompt
+from modeling_nanochat.inference import eval_mode
+from modeling_nanochat.tokenization_nanochat_gpt import encode_text
 
 
 @torch.no_grad()
@@ -35,17 +37,19 @@ def predict_letters(
     Raises:
         ValueError: the tokenizer has a letter in several tokens.
     """
-    prompts = [render_prompt(tokenizer, multiple_choice.to_messages(row)[:1]) for row in rows]
+    prompts = [chat_prompt(tokenizer, multiple_choice.to_messages(row)[:1]) for row in rows]
     letters = letter_tokens(tokenizer, max((len(row["choices"]) for row in rows), default=0))
-    pad_token_id = generation_token_ids(tokenizer)["pad_token_id"]
     predictions = [0] * len(rows)
     with eval_mode(model):
         for chosen in batches_by_length(prompts, batch_tokens):
-            ids, mask = pad_left([prompts[index] for index in chosen], pad_token_id, model.device)
-            output = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
-            for index, scores in zip(chosen, output[:, letters].tolist()):
+            longest = len(prompts[chosen[0]])
+            padded = [prompts[index] + [0] * (longest - len(prompts[index])) for index in chosen]
+            ids = torch.tensor(padded, device=model.device)  # (B, T); what comes after a token does not change it
+            last = torch.tensor([len(prompts[index]) - 1 for index in chosen], device=model.device)
+            scores = logits_at(model, ids, torch.arange(len(ids), device=ids.device), last, use_cache=False)
+            for index, found in zip(chosen, scores[:, letters].tolist()):
                 choices = range(len(rows[index]["choices"]))
-                predictions[index] = max(choices, key=scores.__getitem__)
+                predictions[index] = max(choices, key=found.__getitem__)
     return predictions
 
 
@@ -57,36 +61,11 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     return [ids[0] for ids in tokens]
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Indices of the rows in batches of similar length, the longest first (memory runs out at once or never)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
-        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def evaluate_categorical(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], **options: int
-) -> Interval:
-    """Accuracy over lettered questions, with its confidence interval. Options: `batch_tokens`."""
-    predictions = predict_letters(model, tokenizer, rows, **options)
-    return mean_with_interval([prediction == row["answer"] for prediction, row in zip(predictions, rows)])
-
-
 def guessing_accuracy(rows: Sequence[dict[str, Any]]) -> float:
     """What guessing among each question's choices is right in, on average."""
     return sum(1 / len(row["choices"]) for row in rows) / len(rows)
 
 
-def centered(accuracy: float, baseline: float) -> float:
-    """Accuracy on a scale where guessing is 0 and perfection is 1."""
-    return (accuracy - baseline) / (1 - baseline)
-
-
-def chat_core(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> float:
-    """Mean of the centred accuracies; `baselines` has an entry for every task that is not 0 for guessing."""
-    scores = [centered(accuracy, baselines.get(task, 0.0)) for task, accuracy in accuracies.items()]
-    return sum(scores) / len(scores)
+def chat_core(accuracies: Sequence[Accuracy]) -> float:
+    """Mean of the centered accuracies."""
+    return sum(accuracy.centered for accuracy in accuracies) / len(accuracies)

@@ -1,18 +1,21 @@
 """Sampling from a chat model for evaluation: many prompts, several samples each, with the calculator at hand.
 
 This is Transformers' own `generate`, on batches of prompts of similar length padded on the left. It works for any
-causal model whose tokenizer has the nine special tokens. The price of plainness: a batch takes as long as its longest
-completion.
+chat model; the calculator answers those whose tokenizer has the special tokens to call it. The price of plainness: a
+batch takes as long as its longest completion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_nanochat.eval.models import chat_prompt, decoding_ids, has_nanochat_tokens
 from modeling_nanochat.inference import pad_left
-from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
+
+Judge = Callable[[Sequence[tuple[dict[str, Any], str]]], Sequence[bool]]
 
 
 def generate_batch(
@@ -31,8 +34,8 @@ def generate_batch(
 
     Args:
         model: a causal language model; it stays in the mode it is in, the caller's random state is kept.
-        tokenizer: a fast tokenizer with the nine special tokens.
-        prompts: token ids, each ending with `<|assistant_start|>`.
+        tokenizer: its tokenizer.
+        prompts: token ids, each ending where the model is to go on.
         max_new_tokens: completions are cut off there, the calculator's tokens included.
         temperature: 0 takes the likeliest token; then all samples of a prompt are equal, so only one is allowed.
         top_k: sample among so many tokens only; None for all.
@@ -51,9 +54,11 @@ def generate_batch(
     if not all(prompts):
         raise ValueError("a prompt is empty; expected at least one token")
     config = generation_config(
-        tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, num_return_sequences=num_samples
-    )
-    processors = LogitsProcessorList([CalculatorLogitsProcessor(tokenizer)])
+        model, tokenizer,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, num_return_sequences=num_samples,
+    )  # fmt: skip
+    tools = [CalculatorLogitsProcessor(tokenizer)] if has_nanochat_tokens(tokenizer) else []
+    stop = config.eos_token_id or []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     prompts_at_once = max(1, batch_rows // num_samples)
     completions: list[list[list[int]]] = [[] for _ in prompts]
@@ -68,23 +73,65 @@ def generate_batch(
                 input_ids,
                 attention_mask=attention_mask,
                 generation_config=config,
-                logits_processor=processors,
+                logits_processor=LogitsProcessorList(tools),
             )  # (prompts * num_samples, T)
             for row, ids in enumerate(output[:, input_ids.shape[1] :].tolist()):
-                completions[chosen[row // num_samples]].append(until_stop(ids, config.eos_token_id))
+                completions[chosen[row // num_samples]].append(until_stop(ids, stop))
     return completions
 
 
+def sample_and_judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    judge: Judge,
+    *,
+    num_samples: int = 8,
+    **sampling: Any,
+) -> list[dict[str, Any]]:
+    """Sample answers to every row's question and judge them.
+
+    Args:
+        rows: `{"messages", ...}`; what is asked is everything before the last assistant message.
+        judge: given pairs of a row and the text of a completion, says of each whether it is right.
+        num_samples: completions of each question.
+        sampling: for `generate_batch`: max_new_tokens, temperature, top_k, seed, batch_rows.
+
+    Returns:
+        For each row `{"question": str, "completions": list of str, "correct": list of bool}`; the texts show the
+        calculator's marks.
+
+    Raises:
+        ValueError: nothing can be asked of the model as in a chat.
+    """
+    questions = [question_of(row["messages"]) for row in rows]
+    prompts = [chat_prompt(tokenizer, question) for question in questions]
+    samples = generate_batch(model, tokenizer, prompts, num_samples=num_samples, **sampling)
+    texts = [[tokenizer.decode(ids) for ids in completions] for completions in samples]
+    verdicts = iter(judge([(row, text) for row, completions in zip(rows, texts) for text in completions]))
+    return [
+        {"question": question[-1]["content"], "completions": own, "correct": [bool(next(verdicts)) for _ in own]}
+        for question, own in zip(questions, texts)
+    ]
+
+
+def question_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages before the last answer: what a model is asked."""
+    return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+
+
 def generation_config(
-    tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_k: int | None, **options: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float,
+    top_k: int | None,
+    **options: int,
 ) -> GenerationConfig:
     """Plain sampling that ends with the assistant's turn: nothing a checkpoint's own settings say gets in."""
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
-    return GenerationConfig(
-        **generation_token_ids(tokenizer),
-        **(sampling if temperature > 0 else {"do_sample": False}),
-        **options,
-    )
+    ids = decoding_ids(model, tokenizer)
+    return GenerationConfig(**ids, **(sampling if temperature > 0 else {"do_sample": False}), **options)
 
 
 def until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -97,6 +97,7 @@ class Chat:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: ChatArguments):
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
         self.config = generation_config(
+            model,
             tokenizer,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,

@@ -10,7 +10,7 @@ bits per byte, samples and CORE appear on the way. The output folder holds the m
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
-from modeling_nanochat.eval.core import CoreTask, evaluate_task, read_tasks, summarize_core
+from modeling_nanochat.eval.bits_per_byte import TextLoss, packed_loss
 from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.evaluation.arguments import CoreArguments
+from modeling_nanochat.recipes.evaluation.core import core_on_the_way, core_tasks
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
@@ -36,6 +37,7 @@ from modeling_nanochat.training import devices, memory, scaling
 from modeling_nanochat.training.data.documents import open_documents
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.data.row_source import RowSource
+from modeling_nanochat.training.ranks import gather
 from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
 from modeling_nanochat.training.trainers.settings import check_range
 from modeling_nanochat.training.trainers.time_budget import TimeBudget
@@ -74,7 +76,8 @@ class MeasureArguments:
     validate_every: int = field(default=250, metadata={"help": "Steps between validations; 0: only at the end."})
     validation_tokens: int = field(default=1_000_000, metadata={"help": "Tokens of validation data to measure on."})
     core_bundle: str | None = field(
-        default=None, metadata={"help": "Folder of upstream's eval_bundle.zip, unpacked: CORE is measured with it."}
+        default=None,
+        metadata={"help": "Folder of upstream's eval_bundle.zip, unpacked or to be fetched: CORE is measured with it."},
     )
     core_every: int = field(default=2000, metadata={"help": "Steps between measurements of CORE; 0: only at the end."})
     core_examples: int = field(default=500, metadata={"help": "Examples of each of CORE's tasks, at most."})
@@ -128,7 +131,8 @@ def pretrain(settings: RunSettings) -> None:
         stage.say(
             f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
         )
-    tasks = core_tasks(measure.core_bundle, config) if measure.core_bundle else []
+    core = CoreArguments(core_bundle=measure.core_bundle or "", core_examples=measure.core_examples)
+    tasks = core_tasks(core) if measure.core_bundle else []
     checkpoint = checkpoint_to_resume(stage, config)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     documents = open_documents(arguments.data, arguments.text_column)
@@ -142,7 +146,7 @@ def pretrain(settings: RunSettings) -> None:
     validation = Validation(source.validation(measure.validation_tokens, settled.rows), tokenizer)
     evaluations = [Evaluation(validation, measure.validate_every), Evaluation(samples, measure.sample_every)]
     if tasks:
-        evaluations.append(Evaluation(core_of(tokenizer, tasks, measure.core_examples), measure.core_every))
+        evaluations.append(Evaluation(core_on_the_way(tokenizer, tasks, core), measure.core_every))
     trainer = PretrainTrainer(
         make_model(network, config),
         config,
@@ -251,7 +255,8 @@ class Validation:
         self.batches, self.token_bytes = batches, token_bytes(tokenizer)
 
     def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
-        return {BITS_PER_BYTE: evaluate_bits_per_byte(model, self.batches, self.token_bytes)}
+        losses = gather(packed_loss(model, self.batches, self.token_bytes))
+        return {BITS_PER_BYTE: TextLoss.total(losses).bits_per_byte}
 
 
 class Samples:
@@ -269,27 +274,6 @@ class Samples:
         for prompt, (completion,) in zip(self.prompts, completions):
             self.taken.append({"step": step, "prompt": prompt, "completion": self.tokenizer.decode(completion)})
         return {}
-
-
-def core_tasks(bundle: str, config: PretrainConfig) -> list[CoreTask]:
-    """The tasks of the bundle; `ValueError` if they are not there, or under FSDP, where no rank can answer alone."""
-    if config.fsdp:
-        raise ValueError(
-            f"core_bundle={bundle} under FSDP, whose ranks must all run the same batches; expected no core_bundle, and "
-            "`nanochat evaluate --tasks core` on the finished model"
-        )
-    return read_tasks(bundle)
-
-
-def core_of(
-    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[CoreTask], examples: int
-) -> Callable[[NanoChatGPTForCausalLM, int], dict[str, float]]:
-    """An evaluation that gives CORE: the mean over the tasks, and each by itself."""
-
-    def run(model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
-        return summarize_core([evaluate_task(model, tokenizer, task, max_examples=examples) for task in tasks])
-
-    return run
 
 
 def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str, Any]:

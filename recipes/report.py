@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
-from modeling_nanochat.recipes.stages.tables import cell, figure_names, markdown_table
+from modeling_nanochat.recipes.stages.tables import cell, figure_names, figure_text, is_interval, markdown_table
 from modeling_nanochat.training.whole_files import write_whole_file
 
 Record = dict[str, Any]
@@ -120,7 +121,7 @@ def headline(record: Record) -> str:
         name, results = list(results.items())[-1]
         of = f"{name}: "
     names = [name for name in HEADLINES.get(record["name"], ()) if name in results]
-    return of + ", ".join(f"{label(name)} {number(results[name], name)}" for name in names)
+    return of + ", ".join(f"{label(name)} {figure_text(results[name], partial(number, name=name))}" for name in names)
 
 
 def cost(seconds: float, arguments: ReportArguments) -> str:
@@ -165,20 +166,13 @@ def announcement(facts: Record) -> str:
 
 def figures(results: Record) -> list[str]:
     """A table of the results; of several models side by side if the results are grouped by model."""
-    groups = {name: value for name, value in results.items() if isinstance(value, dict)}
+    groups = {name: value for name, value in results.items() if isinstance(value, dict) and not is_interval(value)}
     if groups:
         rows = [(label(name), *(cell(group, name) for group in groups.values())) for name in figure_names(groups)]
         return markdown_table(("", *groups), rows)
-    shown = [name for name in figure_names({"": results}) if not isinstance(results[name], list)]
-    return markdown_table(("Figure", "Value"), [(label(name), interval(results, name)) for name in shown])
-
-
-def interval(results: Record, name: str) -> str:
-    """A figure, with its confidence interval if it has one (`pass@1_low_before` belongs to `pass@1_before`)."""
-    base, _, moment = name.partition("_")
-    low, high = (results.get("_".join(filter(None, (base, bound, moment)))) for bound in ("low", "high"))
-    text = number(results[name], name)
-    return text if low is None or high is None else f"{text} [{low:.3f}, {high:.3f}]"
+    shown = {name: value for name, value in results.items() if not isinstance(value, list)}
+    rows = [(label(name), figure_text(value, partial(number, name=name))) for name, value in shown.items()]
+    return markdown_table(("Figure", "Value"), rows)
 
 
 def samples(records: Sequence[Record]) -> list[str]:

@@ -9,7 +9,6 @@ samples that are right, pass@8 the chance that one of eight is. The table at the
 than its confidence interval.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +16,16 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from modeling_nanochat.eval.intervals import question_of, summarize_passes
+from modeling_nanochat.eval.intervals import Interval, summarize_passes
+from modeling_nanochat.eval.sampling import question_of
 from modeling_nanochat.eval.tasks.gsm8k import is_correct
+from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer
 
-MEASURED = ("pass@1", "pass@8")
 SAMPLES_SHOWN = 5
 TRIAL_SAMPLES = 128  # drawn to tell how long the run will take
 
@@ -80,22 +80,12 @@ def main() -> None:
 
 
 def read_problems(file: str) -> list[dict[str, Any]]:
-    """Rows {"prompt": messages up to the question, "answer"} of a JSON lines file.
+    """Rows {"prompt": messages up to the question, "answer"} of a JSON lines file."""
 
-    Raises:
-        ValueError: a line without `messages` and `answer`; the message shows where.
-    """
-    problems = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                problems.append({"prompt": question_of(row["messages"]), "answer": row["answer"]})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{file}:{number}: expected {{"messages": [...], "answer": "..."}} in one line, got {line[:80]!r}'
-                ) from error
-    return problems
+    def take(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": question_of(row["messages"]), "answer": row["answer"]}
+
+    return read_rows(file, take, '{"messages": [...], "answer": "..."}')
 
 
 def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
@@ -126,17 +116,13 @@ def announce(stage: Stage, trainer: ReinforceTrainer) -> None:
     )
 
 
-def comparison(before: dict[str, float], after: dict[str, float]) -> str:
+def comparison(before: dict[str, Interval], after: dict[str, Interval]) -> str:
     """The table of before and after, and whether pass@1 rose by more than chance."""
     lines = [f"{'held-out':10}{'before':>8}  95% interval  {'after':>8}  95% interval"]
-    for name in MEASURED:
-        if f"eval_{name}" in before:
-            cells = [
-                f"{figures[f'eval_{name}']:8.3f}  {figures[f'eval_{name}_low']:.3f}-{figures[f'eval_{name}_high']:.3f} "
-                for figures in (before, after)
-            ]
-            lines.append(f"{name:10}" + "  ".join(cells))
-    rose = after["eval_pass@1_low"] > before["eval_pass@1_high"]
+    for name in before:
+        cells = [f"{each.mean:8.3f}  {each.low:.3f}-{each.high:.3f} " for each in (before[name], after[name])]
+        lines.append(f"{name.removeprefix('eval_'):10}" + "  ".join(cells))
+    rose = after["eval_pass@1"].low > before["eval_pass@1"].high
     lines.append(f"pass@1 {'rose beyond' if rose else 'did not rise beyond'} its confidence interval")
     return "\n".join(lines)
 

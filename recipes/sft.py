@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from transformers.utils import logging
 
+from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
@@ -75,20 +76,8 @@ def main() -> None:
 
 
 def read_conversations(file: str, seed: int) -> list[str]:
-    """The messages of every line of a JSON lines file, as JSON, shuffled.
-
-    Raises:
-        ValueError: a line that is no JSON object with `messages`; the message shows where.
-    """
-    conversations = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                conversations.append(json.dumps(json.loads(line)["messages"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{file}:{number}: expected {{"messages": [...]}} in one line, got {line[:80]!r}'
-                ) from error
+    """The messages of every line of a JSON lines file, as JSON, shuffled."""
+    conversations = read_rows(file, lambda row: json.dumps(row["messages"]), '{"messages": [...]}')
     random.Random(seed).shuffle(conversations)
     return conversations
 

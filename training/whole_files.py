@@ -4,6 +4,7 @@ Everything is written under a name that no reader looks for, flushed, and rename
 moment; the price is one pass of flushing. All ranks must see the same file system.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,8 +29,13 @@ def write_whole_file(file: str | Path, write: Callable[[Path], object]) -> None:
 
 def write_json(file: str | Path, record: Any) -> None:
     """`record` as indented JSON. A number that is not finite is an error: JSON has none."""
-    text = json.dumps(record, indent=1, default=str, allow_nan=False) + "\n"
+    text = json.dumps(record, indent=1, default=as_json, allow_nan=False) + "\n"
     write_whole_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def as_json(value: Any) -> Any:
+    """A dataclass (such as an interval) by its fields, anything else JSON does not know as text."""
+    return vars(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 @contextmanager

@@ -45,13 +45,13 @@ COUNT_QUESTIONS = (
 )
 
 
-def generate(words: Sequence[str], seed: int) -> Iterator[list[dict[str, Any]]]:
-    """Conversations without end, half spelling and half counting, the same for the same words and seed."""
+def generate(words: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
+    """Rows {"messages", ...} without end, half spelling and half counting, the same for the same words and seed."""
     rng = random.Random(seed)
     words = usable_words(words)
     while True:
         word = rng.choice(words)
-        yield spell(word, rng) if rng.random() < 0.5 else count_letter(word, rng)["messages"]
+        yield spell(word, rng) if rng.random() < 0.5 else count_letter(word, rng)
 
 
 def counting_problems(words: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
@@ -69,9 +69,10 @@ def usable_words(words: Sequence[str]) -> list[str]:
     return usable
 
 
-def spell(word: str, rng: random.Random) -> list[dict[str, Any]]:
+def spell(word: str, rng: random.Random) -> dict[str, Any]:
     question = rng.choice(SPELL_QUESTIONS).format(word=word)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"{word}:{','.join(word)}"}]
+    answer = f"{word}:{','.join(word)}"
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def count_letter(word: str, rng: random.Random) -> dict[str, Any]:

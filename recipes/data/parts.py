@@ -95,7 +95,7 @@ def open_part(part: Part, archives: embedded_data.Archives, words: list[str], se
     if part.name == "reasoning_gym":
         return ({**row, "source": part.name} for row in arithmetic.generate_reasoning_gym(seed))
     if part.name == "spelling":
-        return ({"messages": messages, "source": part.name} for messages in spelling.generate(words, seed))
+        return ({"messages": row["messages"], "source": part.name} for row in spelling.generate(words, seed))
     return open_data_set(part)
 
 

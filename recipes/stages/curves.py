@@ -1,7 +1,7 @@
 """Pictures of a stage's curves, from its log: one panel for each thing that was measured.
 
-What is drawn is a table (`PANELS`). Noisy series are drawn pale with their running mean on top of them; series with
-`_low` and `_high` beside them get a band. Drawn by matplotlib without a screen.
+What is drawn is a table (`PANELS`). Noisy series are drawn pale with their running mean on top of them; series of
+intervals get a band. Drawn by matplotlib without a screen.
 """
 
 from collections.abc import Sequence
@@ -103,9 +103,10 @@ def draw_panel(ax: plt.Axes, panel: Panel, log: Log) -> None:
         few = len(values) < SMOOTHED_FROM
         if smooth:
             ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        low, high = points(log, f"{key}_low")[1], points(log, f"{key}_high")[1]
-        if len(low) == len(high) == len(steps):
-            ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+        bounded = points(log, key, "low")[0]
+        if bounded:
+            low, high = points(log, key, "low")[1], points(log, key, "high")[1]
+            ax.fill_between(bounded, low, high, color=color, alpha=0.12, linewidth=0)
         line = running_mean(values) if smooth else values
         style = ":" if len(values) == 2 else "-"  # nobody knows what lies between before and after
         ax.plot(steps, line, style, color=color, linewidth=1.8, label=name, marker="o" if few else None, markersize=3.5)
@@ -130,11 +131,15 @@ def before_training(results: dict[str, Any]) -> dict[str, Any]:
     return {"step": 0, **{f"eval_{name}": value for name, value in found.items()}}
 
 
-def points(log: Log, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a series, in the order of the steps; of a step that was logged twice the last value."""
+def points(log: Log, key: str, part: str = "mean") -> tuple[list[float], list[float]]:
+    """Steps and values of a series, in the order of the steps; of a step that was logged twice the last value.
+
+    Of intervals the mean, or another `part`; a plain number has a mean only.
+    """
     found = {line["step"]: line[key] for line in log if key in line and "step" in line}
-    steps = sorted(found)
-    return steps, [found[step] for step in steps]
+    found = {step: value if isinstance(value, dict) else {"mean": value} for step, value in found.items()}
+    steps = sorted(step for step, value in found.items() if part in value)
+    return steps, [found[step][part] for step in steps]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

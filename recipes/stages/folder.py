@@ -17,10 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import modeling_nanochat  # noqa: F401 (registers the network with the Auto classes)
+import modeling_nanochat  # registers the network with the Auto classes
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
+from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
 from modeling_nanochat.training.whole_files import replace_files
@@ -31,20 +32,26 @@ def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
 
 
-def load_for_inference(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in eval mode on this process's device, and tokenizer; activations in bfloat16 where that is native.
+def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode on this process's device, and tokenizer.
+
+    Args:
+        dtype: of the activations: float32, bfloat16, or `auto`: bfloat16 where that is native.
 
     Raises:
         ValueError: `model` is a local path and no checkpoint is there.
     """
-    is_local = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
-    if is_local and not Path(model, "config.json").exists():
+    if is_local_path(model) and not Path(model, "config.json").exists():
         raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
     network, tokenizer = load_checkpoint(model)
     device = PartialState().device
-    network.set_activation_dtype(choose_dtype("auto", device))
-    network = network.to(device).eval()
-    say_once(choose_attention(network))
+    dtype = choose_dtype(dtype, device)
+    if isinstance(network, modeling_nanochat.NanoChatGPTForCausalLM):
+        network.set_activation_dtype(dtype)
+        network = network.to(device).eval()
+        say_once(choose_attention(network))
+    else:
+        network = network.to(device, dtype).eval()
     return network, tokenizer
 
 

@@ -1,13 +1,14 @@
 """Figures of models side by side, as text for the terminal and as Markdown for the report.
 
-A figure `x` may have a confidence interval, `x_low` and `x_high` beside it; it is shown in the same cell.
+A figure is a number or an interval; of a record that was read from its file, an interval is {"mean", "low", "high"}.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-Columns = Mapping[str, Mapping[str, float]]  # by model, then by figure
-BOUND = re.compile(r"_(low|high)(_before|_after)?$")
+from modeling_nanochat.eval.intervals import Interval
+
+Columns = Mapping[str, Mapping[str, Any]]  # by model, then by figure
 
 
 def text_table(columns: Columns) -> str:
@@ -22,19 +23,26 @@ def text_table(columns: Columns) -> str:
 
 
 def figure_names(columns: Columns) -> list[str]:
-    """The figures that any of the columns has, without the bounds of intervals."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [name for name in names if not BOUND.search(name)]
+    """The figures that any of the columns has."""
+    return list(dict.fromkeys(name for column in columns.values() for name in column))
 
 
-def cell(figures: Mapping[str, float], name: str) -> str:
-    """A figure of one model with its interval, or a dash if it was not measured."""
-    if name not in figures:
-        return "-"
-    text = f"{figures[name]:.3f}"
-    if f"{name}_low" in figures:
-        text += f" [{figures[f'{name}_low']:.3f}, {figures[f'{name}_high']:.3f}]"
-    return text
+def cell(figures: Mapping[str, Any], name: str) -> str:
+    """A figure of one model, or a dash if it was not measured."""
+    return figure_text(figures[name]) if name in figures else "-"
+
+
+def figure_text(value: Any, number: Callable[[Any], str] = "{:.3f}".format) -> str:
+    """A figure as one reads it: an interval behind its mean, text and truth as they are, the rest by `number`."""
+    if is_interval(value):
+        value = value if isinstance(value, Interval) else Interval(**value)
+        return f"{number(value.mean)} [{value.low:.3f}, {value.high:.3f}]"
+    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def is_interval(value: Any) -> bool:
+    """Whether this is an interval, or what a file keeps of one."""
+    return isinstance(value, Interval) or (isinstance(value, dict) and set(value) == {"mean", "low", "high"})
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,27 +6,20 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.core import slow_answer
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.eval.core import (
-    Question,
-    TaskResult,
-    crop,
-    draw_shots,
-    evaluate_task,
-    load_examples,
-    make_batches,
-    read_tasks,
-    render,
-    summarize_core,
-)
-from modeling_nanochat.tokenization_nanochat_gpt import encode_text
+from modeling_nanochat.eval.bits_per_byte import packed_loss
+from modeling_nanochat.eval.core.bundle import LABELS, load_examples, read_tasks
+from modeling_nanochat.eval.core.prompts import crop, draw_shots, gold_of, prompts_of, render
+from modeling_nanochat.eval.core.scores import TaskResult, core_name, evaluate_task, summarize_core
+from modeling_nanochat.eval.span_scores import Group, SpanScorer, make_batches
 from modeling_nanochat.training.tokenizer import train_tokenizer
 
 WORDS = "red green blue one two three sun moon star tree river stone bird fish king queen salt bread".split(" ")  # noqa: SIM905
@@ -93,57 +86,14 @@ def make_model(era: str) -> torch.nn.Module:
     return model.eval()
 
 
-# ---------------------------------------------------------------- the slow twin
-
-
-def slow_scores(model, tokenizer, task, examples, index) -> tuple[list[float], bool]:
-    """One example as the rules say, without cache, batches or padding."""
-    others = [i for i in range(len(examples)) if i != index]
-    shots = [examples[i] for i in random.Random(1234 + index).sample(others, task.num_fewshot)]
-    example, delimiter = examples[index], task.delimiter
-
-    def encode(text: str) -> list[int]:
-        return [tokenizer.bos_token_id, *encode_text(tokenizer, text)]
-
-    if task.kind == "multiple_choice":
-        head = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
-        sequences = [encode(f"{head}{example['query']}{delimiter}{choice}") for choice in example["choices"]]
-        start = 0
-        while len({tuple(sequence[: start + 1]) for sequence in sequences}) == 1:
-            start += 1
-        spans = [(start, len(sequence)) for sequence in sequences]
-    elif task.kind == "schema":
-        head = "".join(f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots)
-        sequences = [
-            encode(f"{head}{option}{delimiter}{example['continuation']}") for option in example["context_options"]
-        ]
-        suffix = 0
-        while len({tuple(sequence[len(sequence) - suffix - 1 :]) for sequence in sequences}) == 1:
-            suffix += 1
-        spans = [(len(sequence) - suffix, len(sequence)) for sequence in sequences]
-    else:
-        head = "".join(f"{shot['context'].strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
-        before = f"{head}{example['context'].strip()}{delimiter}"
-        sequences = [encode(before + example["continuation"])]
-        spans = [(len(encode(before.strip())), len(sequences[0]))]
-    scores, certain = [], []
-    for sequence, (start, end) in zip(sequences, spans):
-        with torch.no_grad():
-            logits = model(torch.tensor([sequence])).logits[0].float()
-        targets = torch.tensor(sequence[start:end])
-        scores.append(float(F.cross_entropy(logits[start - 1 : end - 1], targets)))
-        certain.append(bool((logits[start - 1 : end - 1].argmax(-1) == targets).all()))
-    return scores, certain[0] if task.kind == "language_modeling" else scores.index(min(scores)) == example["gold"]
-
-
 @pytest.mark.parametrize("era", ["seed", "head", "gpt2"])
 def test_fast_and_slow_agree(bundle, tokenizer, era):
     model = make_model(era)
     for task in read_tasks(bundle):
         examples = load_examples(task, 12)
-        expected = [slow_scores(model, tokenizer, task, examples, index) for index in range(12)]
+        expected = [slow_answer(model, tokenizer, task, examples, index) for index in range(12)]
         for batch_tokens in (1, 3000):
-            result = evaluate_task(model, tokenizer, task, max_examples=12, batch_tokens=batch_tokens)
+            result = evaluate_task(SpanScorer(model, batch_tokens), tokenizer, task, max_examples=12, quiet=True)
             for answer, (scores, correct) in zip(result.answers, expected):
                 assert answer.scores == pytest.approx(scores, abs=1e-4)
                 assert answer.correct == correct
@@ -182,26 +132,29 @@ def test_cropping_keeps_bos_and_moves_the_span(bundle, tokenizer):
     assert crop([9, 1, 2], (1, 3), 4) == ([9, 1, 2], (1, 3))
     model = make_model("gpt2")
     for task in read_tasks(bundle):
-        whole = evaluate_task(model, tokenizer, task, max_length=1000)
-        cut = evaluate_task(model, tokenizer, task, max_length=24)
-        assert whole.longest_prompt > 24 >= cut.longest_prompt
+        whole = evaluate_task(SpanScorer(model), tokenizer, task, quiet=True)
+        cut = evaluate_task(SpanScorer(model), tokenizer, task, max_length=24, quiet=True)
+        assert whole.cropped == 0 < cut.cropped and whole.longest_prompt > 24 >= cut.longest_prompt
         assert all(math.isfinite(score) for answer in cut.answers for score in answer.scores)
 
 
 def test_batches_keep_the_budget_and_lose_nothing():
     rng = random.Random(0)
-    questions = []
-    for index in range(200):
+    groups = []
+    for _ in range(200):
         shared = rng.choice((0, rng.randint(1, 400)))
-        sequences = [[0] * (shared + rng.randint(2, 30)) for _ in range(rng.randint(1, 5))]
-        questions.append(Question(index, sequences, [(1, 2)] * len(sequences), shared, 0))
-    batches = make_batches(questions, 4000)
-    assert sorted(question.index for batch in batches for question in batch) == list(range(200))
+        beginning = [0] * shared
+        rows = [[*beginning, index, *[0] * rng.randint(2, 30)] for index in range(rng.randint(1, 5))]
+        groups.append(Group(rows, [(shared + 1, len(row)) for row in rows]))
+    batches = make_batches(groups, 4000, 1000)
+    assert sorted(index for batch in batches for index in batch.groups) == list(range(200))
     for batch in batches:
-        rows = sum(len(question.sequences) for question in batch)
-        widest = max(len(sequence) for question in batch for sequence in question.sequences)
-        assert len(batch) == 1 or rows * widest <= 4000
-        assert len({question.shared == 0 for question in batch}) == 1
+        members = [groups[index] for index in batch.groups]
+        rows = sum(len(group.sequences) for group in members)
+        assert len(members) == 1 or rows * max(group.longest for group in members) <= 4000
+        assert batch.shared == min(group.shared for group in members)
+        again = sum((group.shared - batch.shared) * len(group.sequences) for group in members)
+        assert again <= 0.1 * sum(group.shared for group in members)
 
 
 def test_missing_data_and_unknown_tasks_are_named(bundle, tmp_path):
@@ -209,39 +162,109 @@ def test_missing_data_and_unknown_tasks_are_named(bundle, tmp_path):
         read_tasks(tmp_path)
     with pytest.raises(ValueError, match="no tasks \\['squad'\\]"):
         read_tasks(bundle, ["squad"])
+    with pytest.raises(ValueError, match=r"tables of .* cannot be read"):
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "core.yaml").write_text("icl_tasks: [{label: x}]")
+        (broken / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n")
+        read_tasks(broken)
     copy = tmp_path / "bundle"
     copy.mkdir()
     for name in ("core.yaml", "eval_meta_data.csv"):
         (copy / name).write_text((bundle / name).read_text())
     with pytest.raises(ValueError, match="lacks the data of \\['letters', 'who', 'next'\\]"):
         read_tasks(copy)
+    file = read_tasks(bundle, ["who"])[0].file
+    there = copy / file.relative_to(bundle)
+    there.parent.mkdir(parents=True)
+    there.write_text(file.read_text())
+    assert [task.label for task in read_tasks(copy)] == ["who"]  # a part of a bundle is used
+    with pytest.raises(ValueError, match="lacks the data of \\['letters'\\]"):
+        read_tasks(copy, ["who", "letters"])
 
 
-def test_core_is_the_mean_of_centred_accuracies(bundle):
+def result_of(task, correct, **facts) -> TaskResult:
+    answers = [type("A", (), {"correct": each})() for each in correct]
+    usual = {"longest_prompt": 10, "beyond_context": 0, "cropped": 0, "shots": 3, "complete": True, "control": None}
+    return TaskResult(task, answers, seconds=1.0, **{**usual, **facts})
+
+
+def test_core_is_the_mean_of_centered_accuracies(bundle):
     task = read_tasks(bundle, ["letters"])[0]
-    answers = [type("A", (), {"correct": correct})() for correct in (True, True, True, False)]
-    result = TaskResult(task, answers, 10, 0, 3)
-    figures = summarize_core([result])
+    figures = summarize_core([result_of(task, (True, True, True, False))])
     assert figures["core/letters"] == figures["core_of_1_tasks"] == pytest.approx((0.75 - 0.25) / 0.75)
     assert figures["core_of_1_tasks_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4) / 0.75)
-    assert "core" in summarize_core([result] * 22)
+
+
+def test_only_the_22_tasks_with_all_examples_are_called_core(bundle):
+    task = read_tasks(bundle, ["letters"])[0]
+    all_tasks = [replace(task, label=label) for label in LABELS]
+    whole = [result_of(each, (True, False)) for each in all_tasks]
+    assert core_name(whole) == "core"
+    assert core_name([result_of(task, (True,))] * 22) == "core_of_22_tasks"
+    assert core_name(whole[:18]) == "core_of_18_tasks"
+    cut = [result_of(each, (True, False), complete=False) for each in all_tasks]
+    assert core_name(cut) == "core_cut_to_2"
+    assert core_name([replace(each, control="no_shots") for each in whole]) == "core_no_shots"
+
+
+def test_controls_change_what_they_say(bundle):
+    for task in read_tasks(bundle):
+        examples = load_examples(task)
+        plain = prompts_of(task, examples)
+        assert all("\n\n" not in prompt for prompts in prompts_of(task, examples, "no_shots") for prompt in prompts)
+        wrong = prompts_of(task, examples, "wrong_shots")
+        assert [prompts[-1].split("\n\n")[-1] for prompts in wrong] == [p[-1].split("\n\n")[-1] for p in plain]
+        assert sum(one != other for one, other in zip(wrong, plain)) > len(plain) // 2
+        if task.kind == "language_modeling":
+            assert prompts_of(task, examples, "shuffled_answers") != plain
+        else:
+            assert prompts_of(task, examples[:1], "shuffled_answers") == prompts_of(task, examples[:1])
+            assert gold_of(task, examples, "wrong_shots") == gold_of(task, examples)
+        if task.kind == "multiple_choice":
+            assert gold_of(task, examples, "shuffled_answers") != gold_of(task, examples)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "gold is 2, no index of one of 2"),
+        ('{"query": "q", "choices": ["a", "b"]}', "'gold' is missing"),
+        ('{"query": "q", "choices": ["a"], "gold": 0}', "no list of two or more"),
+        ('{"query": 1, "choices": ["a", "b"], "gold": 0}', "a text is no string"),
+        ('{"query": "q", ', "no JSON"),
+    ],
+)
+def test_bad_examples_are_named_by_file_line_and_reason(bundle, tmp_path, line, reason):
+    task = replace(read_tasks(bundle, ["letters"])[0], file=tmp_path / "letters.jsonl")
+    task.file.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"letters\.jsonl:2: .*" + reason):
+        load_examples(task)
+    task.file.write_text("\n")
+    with pytest.raises(ValueError, match=r"letters\.jsonl is empty"):
+        load_examples(task)
 
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = [{root!r}]
 from transformers import AutoTokenizer
-from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
-from modeling_nanochat.eval.core import evaluate_task, read_tasks
+from modeling_nanochat.eval.bits_per_byte import TextLoss, packed_loss
+from modeling_nanochat.eval.core.bundle import read_tasks
+from modeling_nanochat.recipes.evaluation.arguments import CoreArguments
+from modeling_nanochat.recipes.evaluation.core import run_core
+from modeling_nanochat.training.ranks import gather
 from tests.eval.test_core import make_model
-dist.init_process_group("gloo")
+from accelerate import PartialState
+PartialState(cpu=True)
+import torch.distributed as dist
 rank, ranks = dist.get_rank(), dist.get_world_size()
 assert ranks == 2
 model, tokenizer = make_model("seed"), AutoTokenizer.from_pretrained({tokenizer!r})
-results = [evaluate_task(model, tokenizer, task, batch_tokens=600) for task in read_tasks({bundle!r})]
+results = run_core(model, tokenizer, read_tasks({bundle!r}), CoreArguments(), 600)
 rows = torch.arange(6 * 9).view(6, 9) * 7 % 300
 batches = [{{"input_ids": rows[i::2][:, :-1], "shift_labels": rows[i::2][:, 1:]}} for i in [rank]]
-bits = evaluate_bits_per_byte(model, batches, [1 + i % 3 for i in range(320)])
+bits = TextLoss.total(gather(packed_loss(model, batches, [1 + i % 3 for i in range(320)]))).bits_per_byte
 if rank == 0:
     torch.save([[[answer.scores for answer in result.answers] for result in results], bits], {output!r})
 """
@@ -262,13 +285,11 @@ def test_two_ranks_give_what_one_gives(bundle, tokenizer, tmp_path):
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
     scores, bits = torch.load(output, weights_only=True)
 
-    from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte
-
     model = make_model("seed")
     for task, found in zip(read_tasks(bundle), scores):
-        expected = evaluate_task(model, tokenizer, task, batch_tokens=600)
+        expected = evaluate_task(SpanScorer(model, 600), tokenizer, task, quiet=True)
         for own, answer in zip(found, expected.answers):
             assert own == pytest.approx(answer.scores, abs=1e-5)
     rows = torch.arange(6 * 9).view(6, 9) * 7 % 300
     batch = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:]}
-    assert bits == pytest.approx(evaluate_bits_per_byte(model, [batch], [1 + i % 3 for i in range(320)]), rel=1e-6)
+    assert bits == pytest.approx(packed_loss(model, [batch], [1 + i % 3 for i in range(320)]).bits_per_byte, rel=1e-6)

@@ -9,20 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.eval.bits_per_byte import evaluate_bits_per_byte, token_losses
-from modeling_nanochat.eval.intervals import mean_with_interval, pass_at_k, sample_and_judge, summarize_passes
-from modeling_nanochat.eval.multiple_choice import (
-    batches_by_length,
-    centered,
-    chat_core,
-    evaluate_categorical,
-    guessing_accuracy,
-    letter_tokens,
-    predict_letters,
-)
-from modeling_nanochat.eval.sampling import generate_batch, until_stop
+from modeling_nanochat.eval.batches import batches_by_length
+from modeling_nanochat.eval.bits_per_byte import documents_loss, packed_loss, token_losses
+from modeling_nanochat.eval.intervals import Accuracy, mean_with_interval, pass_at_k, summarize_passes
+from modeling_nanochat.eval.multiple_choice import chat_core, guessing_accuracy, letter_tokens, predict_letters
+from modeling_nanochat.eval.sampling import generate_batch, sample_and_judge, until_stop
 from modeling_nanochat.eval.tasks import arithmetic, gsm8k, multiple_choice
 from modeling_nanochat.tokenization_nanochat_gpt import (
+    encode_text,
     message_text,
     render_conversation,
     render_prompt,
@@ -75,11 +69,26 @@ def test_bits_per_byte_equals_a_slow_count(model, tokenizer):
                 nats -= float(log_probabilities[row, position, target])
                 size += lengths[target]
     model.train()
-    assert evaluate_bits_per_byte(model, batches, lengths) == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert packed_loss(model, batches, lengths).bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert model.training
     model.eval()
     special = {"input_ids": torch.zeros(1, 4).long(), "shift_labels": torch.full((1, 4), 511)}
-    assert evaluate_bits_per_byte(model, [special], lengths) == math.inf
+    assert packed_loss(model, [special], lengths).bits_per_byte == math.inf
+
+
+def test_documents_are_read_whole_in_windows(model, tokenizer):
+    documents = ["1 + 1 = 2. " * 60, "Tom has 3 apples.", "é"]  # the first one is longer than the context of 256
+    bos = special_token_ids(tokenizer)["<|bos|>"]
+    found = documents_loss(model, tokenizer, documents, batch_tokens=600)
+    assert [loss.bytes for loss in found] == [len(document.encode()) for document in documents]
+    for document, loss in zip(documents, found):
+        ids = [bos, *encode_text(tokenizer, document)]
+        nats = 0.0
+        for start in range(0, len(ids) - 1, 256):
+            piece = torch.tensor([ids[start : start + 257]])
+            nats += float(model.token_losses(piece[:, :-1], piece[:, 1:]).sum())
+        assert loss.nats == pytest.approx(nats, rel=1e-5)
+    assert len(encode_text(tokenizer, documents[0])) > 256
 
 
 def test_token_losses_of_other_models_come_from_their_logits(model):
@@ -141,8 +150,8 @@ def test_more_samples_of_a_question_narrow_the_interval_and_never_below_the_draw
 
 def test_summary_names_every_k():
     figures = summarize_passes([8, 0, 4], 8, ks=(1, 8, 16))
-    assert set(figures) == {f"pass@{k}{end}" for k in (1, 8) for end in ("", "_low", "_high")}
-    assert figures["pass@1"] == 0.5 and figures["pass@8"] == pytest.approx(2 / 3)
+    assert set(figures) == {"pass@1", "pass@8"}
+    assert figures["pass@1"].mean == 0.5 and figures["pass@8"].mean == pytest.approx(2 / 3)
 
 
 def test_generation_of_a_batch_equals_one_by_one(model, tokenizer):
@@ -213,7 +222,7 @@ def trained(tokenizer):
 def test_a_trained_model_calls_the_calculator_and_is_judged_right(trained, tokenizer):
     network, rows, _ = trained
     records = sample_and_judge(
-        network, tokenizer, rows, lambda text, row: gsm8k.is_correct(text, row["answer"]),
+        network, tokenizer, rows, lambda pairs: [gsm8k.is_correct(text, row["answer"]) for row, text in pairs],
         num_samples=1, temperature=0, max_new_tokens=40,
     )  # fmt: skip
     assert [record["correct"] for record in records] == [[True]] * len(rows)
@@ -229,7 +238,6 @@ def test_a_trained_model_calls_the_calculator_and_is_judged_right(trained, token
 def test_letters_are_chosen_among_the_choices_of_the_question(trained, model, tokenizer):
     network, _, choices = trained
     assert predict_letters(network, tokenizer, choices) == [1, 2, 0]
-    assert evaluate_categorical(network, tokenizer, choices).mean == 1.0
     one_by_one = [predict_letters(model, tokenizer, [row])[0] for row in choices]
     assert predict_letters(model, tokenizer, choices, batch_tokens=10) == one_by_one
     assert predict_letters(model, tokenizer, choices) == one_by_one
@@ -249,8 +257,10 @@ def test_batches_hold_every_row_once_within_the_budget():
     assert all(len(batch) == 1 or len(batch) * max(len(rows[i]) for i in batch) <= 60 for batch in batches)
 
 
-def test_chat_core_centres_on_guessing():
+def test_chat_core_centers_on_guessing():
     rows = [{"choices": list("ab")}, {"choices": list("abcd")}]
     assert guessing_accuracy(rows) == 0.375
-    assert centered(0.625, 0.25) == 0.5
-    assert chat_core({"arc": 0.625, "gsm8k": 0.1}, {"arc": 0.25}) == pytest.approx(0.3)
+    lettered = Accuracy.of([True] * 5 + [False] * 3, 0.25)
+    assert (lettered.accuracy, lettered.n, lettered.centered) == (0.625, 8, 0.5)
+    assert lettered.stderr == pytest.approx(math.sqrt(0.625 * 0.375 / 8))
+    assert chat_core([lettered, Accuracy.of([True] + [False] * 9)]) == pytest.approx(0.3)

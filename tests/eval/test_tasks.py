@@ -139,7 +139,8 @@ def test_spelling_counts_right_and_agrees_with_the_calculator():
         assert gsm8k.is_correct(message_text(row["messages"][1]["content"]), row["answer"])
     conversations = list(itertools.islice(spelling.generate(words, 3), 200))
     assert conversations == list(itertools.islice(spelling.generate(words, 3), 200))
-    spelled = [messages[1]["content"] for messages in conversations if isinstance(messages[1]["content"], str)]
+    answers = [row["messages"][1]["content"] for row in conversations]
+    spelled = [answer for answer in answers if isinstance(answer, str)]
     assert 60 < len(spelled) < 140
     assert set(spelled) == {f"{word}:{','.join(word)}" for word in words[:3]}
     with pytest.raises(ValueError, match="none of the 1 words"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from modeling_nanochat.recipes import scaling_laws
-from modeling_nanochat.recipes.pretrain import RunSettings, core_tasks, pretrain
+from modeling_nanochat.recipes.pretrain import RunSettings, pretrain
 from modeling_nanochat.recipes.stages.record import read_stage
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.pretrain import PretrainTrainer
@@ -91,8 +91,6 @@ def test_core_is_measured_on_the_way(folder, tmp_path):
     record = read_stage(tmp_path / "base")
     assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
     assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0
-    with pytest.raises(ValueError, match="under FSDP"):
-        core_tasks(str(bundle), settings(folder, tmp_path, fsdp="full_shard").config)
 
 
 def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monkeypatch):

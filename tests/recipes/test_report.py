@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.eval.intervals import Interval
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.recipes import evaluate
 from modeling_nanochat.recipes.evaluate import column_names
@@ -32,7 +33,7 @@ def run(tmp_path):
     losses = [{"step": step, "loss": 5 - step / 50, "tokens_per_second": 1000.0 + step} for step in range(1, 101)]
     bits = [{"step": step, "validation_bits_per_byte": 2.5 - step / 100} for step in (50, 100)]
     rewards = [{"step": step, "reward": 0.3 + step / 200, "completions/mean_length": 20.0} for step in range(1, 61)]
-    passes = [{"step": 60, "eval_pass@1": 0.6, "eval_pass@1_low": 0.5, "eval_pass@1_high": 0.7, "eval_pass@8": 0.9}]
+    passes = [{"step": 60, "eval_pass@1": Interval(0.6, 0.5, 0.7), "eval_pass@8": 0.9}]
     answer = "Add: <|python_start|>12 + 30<|python_end|><|output_start|>42<|output_end|>\n#### 42<|assistant_end|>"
     stages = {
         "data": record("data", results={"sft/train.jsonl": 12345}),
@@ -43,12 +44,11 @@ def run(tmp_path):
         ),
         "rl": record(
             "rl", log_history=rewards + passes, samples=[{"question": "12 + 30?", "completion": answer, "right": True}],
-            results={"pass@1_before": 0.3, "pass@1_low_before": 0.2, "pass@1_high_before": 0.4, "pass@1_after": 0.6,
-                     "pass@1_low_after": 0.5, "pass@1_high_after": 0.7},
+            results={"pass@1_before": Interval(0.3, 0.2, 0.4), "pass@1_after": Interval(0.6, 0.5, 0.7)},
         ),
         "eval": record(
             "eval",
-            results={"base": {"bits_per_byte": 1.5}, "rl": {"pass@1": 0.6, "pass@1_low": 0.5, "pass@1_high": 0.7}},
+            results={"base": {"bits_per_byte": 1.5}, "rl": {"pass@1": Interval(0.6, 0.5, 0.7)}},
         ),
     }  # fmt: skip
     for folder, stage in stages.items():
@@ -109,7 +109,7 @@ def test_numbers_are_readable():
 
 
 def test_tables_show_intervals_and_gaps():
-    columns = {"a": {"x": 0.5, "x_low": 0.4, "x_high": 0.6}, "b": {"y": 1.25}}
+    columns = {"a": {"x": Interval(0.5, 0.4, 0.6)}, "b": {"y": 1.25}}
     assert figure_names(columns) == ["x", "y"]
     assert cell(columns["a"], "x") == "0.500 [0.400, 0.600]" and cell(columns["a"], "y") == "-"
     lines = text_table(columns).split("\n")
@@ -172,9 +172,10 @@ def test_models_are_measured_side_by_side_and_only_once(monkeypatch, capsys, pre
     stage = read_stage(prepared / "eval")
     assert set(stage["results"]) == {"base", "sft"}
     for figures in stage["results"].values():
-        names = {"bits_per_byte", "sums", "pass@1", "spelling", "human_eval", "chat_core"}
+        names = {"bits_per_byte", "sums", "pass@1", "spelling", "human_eval pass@1", "chat_core"}
         assert names <= set(figures) and 2.0 < figures["bits_per_byte"] < 9.0
-        assert figures["sums_low"] <= figures["sums"] <= figures["sums_high"]
+        assert figures["sums"]["low"] <= figures["sums"]["mean"] <= figures["sums"]["high"]
+        assert figures["chat_core_of"] == "human_eval + problems + spelling + sums"
     assert "bits_per_byte" in out and "chat_core" in out
     assert {sample["task"] for sample in stage["samples"]} == {"problems", "spelling", "human_eval"}
     run_evaluate(monkeypatch, prepared, *arguments)

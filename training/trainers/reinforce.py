@@ -17,10 +17,9 @@ The samples of a step depend on the seed and the step alone: any number of ranks
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.optimizer.schedules import rl_schedules
+from modeling_nanochat.training.ranks import over_ranks
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.rollouts import sample_completions
@@ -135,7 +135,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         eval_dataset: Dataset | None = None,
         *,
         reward: Callable[[str, str], float],
-        summarize: Callable[[Sequence[int], int], dict[str, float]],
+        summarize: Callable[[Sequence[int], int], dict[str, SupportsFloat]],
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] | None = None,
     ):
@@ -231,7 +231,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    ) -> dict[str, SupportsFloat]:
         """Sample `num_generations_eval` answers to every held-out question, count the passes, and log what the recipe
         makes of them. The same numbers choose the samples every time, so two evaluations differ by the weights only.
         """
@@ -240,18 +240,28 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             raise ValueError("there is no eval_dataset: expected held-out questions to evaluate on")
         samples = self.num_generations_eval
         at_once = max(1, self.args.per_device_eval_batch_size // samples)
-        passes = []
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        starts = range(rank * at_once, len(questions), ranks * at_once)
-        for start in tqdm(starts, desc="pass@k", leave=False, disable=self.args.disable_tqdm or rank > 0):
-            rows = [questions[i] for i in range(start, min(start + at_once, len(questions)))]
-            prompts = [row["prompt"] for row in rows for _ in range(samples)]
-            _, completions = self.sample(prompts, EVALUATION_STREAM, start * samples, len(questions) * samples)
-            answers = [row["answer"] for row in rows for _ in range(samples)]
-            passed = [reward >= 1 for reward in self.checker(completions, answers)]
-            passes += [sum(passed[i : i + samples]) for i in range(0, len(passed), samples)]
-        figures = self.summarize(gather_object(passes), samples)
+        quiet = self.args.disable_tqdm or self.accelerator.process_index > 0
+
+        def passes_from(starts: Sequence[int]) -> list[list[int]]:
+            return [
+                self._count_passes(questions, range(start, min(start + at_once, len(questions))))
+                for start in tqdm(starts, desc="pass@k", leave=False, disable=quiet)
+            ]
+
+        passes = over_ranks(passes_from, range(0, len(questions), at_once), self.model)
+        figures = self.summarize([count for counts in passes for count in counts], samples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(dict(metrics))  # which adds the epoch
+        self.log({name: float(value) for name, value in metrics.items()})  # trackers take numbers; it adds the epoch
+        self.state.log_history[-1] |= metrics  # the record keeps what the numbers were, such as intervals
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _count_passes(self, questions: Dataset, indices: range) -> list[int]:
+        """How many samples of each of these held-out questions are right."""
+        samples = self.num_generations_eval
+        rows = [questions[index] for index in indices for _ in range(samples)]
+        _, completions = self.sample(
+            [row["prompt"] for row in rows], EVALUATION_STREAM, indices.start * samples, len(questions) * samples
+        )
+        passed = [reward >= 1 for reward in self.checker(completions, [row["answer"] for row in rows])]
+        return [sum(passed[start : start + samples]) for start in range(0, len(passed), samples)]
