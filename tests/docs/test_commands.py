@@ -160,8 +160,8 @@ def test_commands_are_found():
     assert sum(len(commands((ROOT / name).read_text())) for name in NAMES) > 25
 
 
-def commands_of(script: str, folder: Path) -> list[str]:
-    """What a script runs, of a copy of the project's programs that only print how they were called."""
+def commands_of(script: str, folder: Path, **variables: str) -> list[str]:
+    """What a script runs under environment variables, of a copy of the project's programs that only print how they were called."""
     for program in (
         ".venv/bin/accelerate",
         ".venv/bin/nanochat",
@@ -175,7 +175,7 @@ def commands_of(script: str, folder: Path) -> list[str]:
         (folder / program).chmod(0o755)
     run = subprocess.run(
         ["bash", str(ROOT / script)], cwd=folder, capture_output=True, text=True, check=True,
-        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin"},
+        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin"} | variables,
     )  # fmt: skip
     return [found for found in RECIPE.findall(run.stdout) if found[0] in recipes()]
 
@@ -186,9 +186,13 @@ def commands_of_makefile() -> list[tuple[str, str]]:
     return [(name, re.split(r"[`|;]|\.\.\.| #", rest)[0]) for name, rest in RECIPE.findall(text) if name in recipes()]
 
 
-@pytest.mark.parametrize("source", ["Makefile", "recipes/speedrun.sh", "recipes/runcpu.sh"])
+@pytest.mark.parametrize(
+    "source", ["Makefile", "recipes/speedrun.sh", "ERA=head recipes/speedrun.sh", "recipes/runcpu.sh"]
+)
 def test_commands_of_scripts(source, tmp_path, monkeypatch):
-    found = commands_of(source, tmp_path) if source.endswith(".sh") else commands_of_makefile()
+    *settings, file = source.split()
+    variables = dict(setting.split("=") for setting in settings)
+    found = commands_of(file, tmp_path, **variables) if file.endswith(".sh") else commands_of_makefile()
     assert len(found) >= 8
     for name, arguments in found:
         check_recipe(name, shlex.split(arguments), monkeypatch)
