@@ -11,8 +11,8 @@ FOLDER=${FOLDERS[$ERA]:?ERA is $ERA, expected seed or head}
 OUT=${NANOCHAT_OUT:-out/$FOLDER}
 DEPTH=${DEPTH:-24}
 GPUS=$(nvidia-smi --list-gpus | wc -l)
-BASE=recipes/configs/$FOLDER     # text and network are an era's
-CONFIGS=recipes/configs/speedrun # the stages after pretraining are not
+BASE=recipes/configs/$FOLDER     # text and network are of an era
+CONFIGS=recipes/configs/speedrun # the later stages follow the network
 export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 run() {
     .venv/bin/accelerate launch --config_file recipes/accelerate/eight_gpus.yaml --num_processes "$GPUS" -m "$@"
@@ -26,9 +26,9 @@ make install
 .venv/bin/nanochat train_tokenizer --config $BASE/tokenizer.yaml --output_dir "$OUT/tokenizer"
 run modeling_nanochat.recipes.pretrain --config $BASE/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
     --output_dir "$OUT/base"
-run modeling_nanochat.recipes.sft --config $CONFIGS/sft.yaml --era "$ERA" --model "$OUT/base" \
+run modeling_nanochat.recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" \
     --data "$OUT/data/sft" --output_dir "$OUT/sft"
-run modeling_nanochat.recipes.rl --config $CONFIGS/rl.yaml --era "$ERA" --model "$OUT/sft" \
+run modeling_nanochat.recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" \
     --data "$OUT/data/rl" --output_dir "$OUT/rl"
 run modeling_nanochat.recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"

@@ -161,7 +161,8 @@ def test_commands_are_found():
 
 
 def commands_of(script: str, folder: Path, **variables: str) -> list[str]:
-    """What a script runs under environment variables, of a copy of the project's programs that only print how they were called."""
+    """What a script runs under some variables, of a copy of the project's programs that only print how they were
+    called."""
     for program in (
         ".venv/bin/accelerate",
         ".venv/bin/nanochat",
