@@ -14,6 +14,7 @@ import ast
 import importlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 
 import yaml
 
+from modeling_nanochat.recipes.stages.record import is_main_process
 from modeling_nanochat.training.trainers.settings import unused_settings
+from modeling_nanochat.training.trainers.stopping import Stopped
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER / "configs"
@@ -56,11 +59,23 @@ def run(recipe: Callable[[], None]) -> None:
     """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
     try:
         recipe()
+    except Stopped as stopped:
+        if is_main_process():
+            print(f"{program()}: {stopped}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
+    except KeyboardInterrupt:
+        print(f"{program()}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).stem if '/' in sys.argv[0] else sys.argv[0]}: {one_line(error)}", file=sys.stderr)
+        print(f"{program()}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def program() -> str:
+    """What was called, as messages name it."""
+    return Path(sys.argv[0]).stem if "/" in sys.argv[0] else sys.argv[0]
 
 
 def one_line(error: Exception) -> str:

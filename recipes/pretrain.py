@@ -191,7 +191,7 @@ class Settled:
 def settle(settings: RunSettings, network: NanoChatGPTConfig, source: RowSource, checkpoint: str | None) -> Settled:
     """Settle batch, micro-batch, number of steps and decay from the settings, the shape and the machine.
 
-    A run that is resumed keeps the number of steps it began with, whatever this machine would do in the same minutes.
+    A run of so many minutes that is resumed keeps the number of steps it had, whatever this machine would do in them.
     """
     config, horizon = settings.config, settings.horizon
     make_plan = partial(
@@ -216,7 +216,7 @@ def settle(settings: RunSettings, network: NanoChatGPTConfig, source: RowSource,
     )
     accumulation = scaling.accumulation_steps(plan.batch_tokens, rows, source.sequence_length, config.world_size)
     steps, seconds = plan.steps, None
-    if checkpoint is not None:
+    if checkpoint is not None and settings.arguments.max_minutes is not None:
         steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).max_steps
     elif settings.arguments.max_minutes is not None:
         budget = 60 * settings.arguments.max_minutes

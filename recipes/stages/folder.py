@@ -1,7 +1,6 @@
 """The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings; and
 which of the checkpoints in it a run goes on from."""
 
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_nanochat  # registers the network with the Auto classes
 from modeling_nanochat.attention_choice import choose_attention
@@ -24,7 +24,7 @@ from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
-from modeling_nanochat.training.whole_files import replace_files
+from modeling_nanochat.training.whole_files import damage, replace_files
 
 
 def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,14 +75,16 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
-    """The checkpoint named in the arguments, else the latest of this run; those of a finished or unwanted run are
-    removed.
+    """The checkpoint named in the arguments (`true`: the latest there is), else the latest whole one of this run. Those
+    of a finished or unwanted run go when the stage begins.
 
     Raises:
-        ValueError: the folder holds checkpoints of another run that was not finished.
+        ValueError: the named checkpoint is none, or damaged; or the folder holds checkpoints of another run that was
+            not finished.
     """
-    checkpoint = config.resume_from_checkpoint or latest_checkpoint(config.output_dir)
-    if checkpoint and not config.resume_from_checkpoint and not stage.can_continue():
+    named = named_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    checkpoint = named or latest_checkpoint(config.output_dir, stage.say)
+    if checkpoint and not named and not stage.can_continue():
         finished = stage.file.exists() and not stage.begun.exists()
         if not (stage.rerun or finished):
             raise ValueError(
@@ -91,8 +93,26 @@ def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
                 f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
             )
         checkpoint = None
-    PartialState().wait_for_everyone()  # nobody reads the folder any more
-    if checkpoint is None and PartialState().is_main_process:
-        for old in Path(config.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
+    stage.goes_on = checkpoint is not None
+    PartialState().wait_for_everyone()  # all have decided: the folder may change
+    return checkpoint
+
+
+def named_checkpoint(name: str | None, output_dir: str) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    if name is None or name.lower() in ("", "false"):
+        return None
+    checkpoint = latest_checkpoint(output_dir) if name.lower() == "true" else name
+    if checkpoint is None:
+        raise ValueError(f"--resume_from_checkpoint true, but {output_dir} holds no checkpoint")
+    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {name} is no checkpoint; expected a folder with {TRAINER_STATE_NAME}"
+        )
+    if found := damage(Path(checkpoint)):
+        raise ValueError(f"--resume_from_checkpoint {name} is damaged: {found}; expected a whole checkpoint")
     return checkpoint

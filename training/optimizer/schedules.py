@@ -134,3 +134,11 @@ class GroupScheduler(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """The counters, without the functions: those come from the constructor."""
         return {name: value for name, value in super().state_dict().items() if name != "schedules"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the counters. What the run is going to be (its length, first rates and decays) stays as it is
+        now, so that a run may be resumed with other settings."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "num_training_steps"})
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr):
+            group["lr"] = lr

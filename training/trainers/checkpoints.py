@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
 
-from modeling_nanochat.training.whole_files import STAGING, whole_folder
+from modeling_nanochat.training.whole_files import STAGING, damage, whole_folder, write_checksums
 
 OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
 
@@ -33,11 +34,16 @@ class WholeCheckpointsMixin:
         self.store_flos()
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
-        with whole_folder(target, is_main_process=is_main, barrier=barrier) as folder:
+        with whole_folder(target, is_main_process=is_main, barrier=barrier, seal=write_checksums) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.save_position(folder)
+            self.state.stateful_callbacks |= {
+                type(each).__name__: each.state()
+                for each in (*self.callback_handler.callbacks, self.control)
+                if isinstance(each, ExportableState)
+            }
             if is_main:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.args.push_to_hub:
@@ -78,11 +84,18 @@ class WholeCheckpointsMixin:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        rank, ranks = self.args.process_index, self.args.world_size
-        optimizer = self.optimizer.optimizer  # without accelerate's wrapper
-        optimizer.load_state_dict(load_optimizer_state(Path(checkpoint), rank, ranks, optimizer.merge_state_dicts))
+        """Moments and counters come from the checkpoint; rates, betas and decays stay as the settings have them now."""
+        if checkpoint is None:
+            return
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        if self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            rank, ranks = self.args.process_index, self.args.world_size
+            optimizer = self.optimizer.optimizer  # without accelerate's wrapper
+            optimizer.load_state_dict(load_optimizer_state(Path(checkpoint), rank, ranks, optimizer.merge_state_dicts))
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
         scheduler_state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler_state)
 
@@ -106,9 +119,21 @@ def load_optimizer_state(
     return merge([torch.load(shard, map_location="cpu", weights_only=True) for shard in shards])
 
 
-def latest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint of the highest step in `output_dir`, or None."""
-    return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
+def latest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | None = None) -> str | None:
+    """The checkpoint of the highest step in `output_dir`, or None.
+
+    Args:
+        output_dir: folder of a run.
+        say: if given, every file is read and held against its checksum; a damaged checkpoint is passed over, and said.
+    """
+    if not os.path.isdir(output_dir):
+        return None
+    for checkpoint in reversed(sort_checkpoints(str(output_dir))):
+        found = damage(Path(checkpoint)) if say is not None else None
+        if found is None:
+            return checkpoint
+        say(f"{checkpoint} is damaged, so it is passed over: {found}")
+    return None
 
 
 def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:

@@ -20,6 +20,12 @@ from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
 from modeling_nanochat.training.trainers.progress_line import show_progress_line
+from modeling_nanochat.training.trainers.stopping import (
+    StopOnSignal,
+    Stopped,
+    refuse_loss_that_is_no_number,
+    refuse_weights_that_are_no_numbers,
+)
 
 
 class MuonTrainerMixin:
@@ -45,6 +51,34 @@ class MuonTrainerMixin:
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
         show_progress_line(self)
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's; stops for SIGTERM and Ctrl-C with a checkpoint.
+
+        Raises:
+            Stopped: a signal came before the last step.
+            ValueError: a loss or a weight is not finite.
+        """
+        stop = StopOnSignal()
+        self.callback_handler.callbacks.insert(0, stop)  # before those that look at what is asked for
+        stop.install()
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            stop.restore()
+            self.remove_callback(stop)
+        if stop.number is not None:
+            raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
+        refuse_weights_that_are_no_numbers(self)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        refuse_loss_that_is_no_number(self, logs)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        refuse_weights_that_are_no_numbers(self)
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -135,7 +135,7 @@ def store_tables_in_bfloat16(model: PreTrainedModel) -> None:
     model.model.value_embeddings.to(torch.bfloat16)
 
 
-class PretrainTrainer(WholeCheckpointsMixin, MuonTrainerMixin, Trainer):
+class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
     """Trains a nanochat network on endless packed rows.
 
     Args:

@@ -113,7 +113,7 @@ class ReinforceConfig(MuonArguments, GRPOConfig):
             )
 
 
-class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
+class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
     """Reinforces completions that a checker rewards.
 
     Args:

@@ -18,7 +18,7 @@ COMMON = frozenset(
     output_dir max_steps per_device_train_batch_size gradient_accumulation_steps seed use_cpu
     logging_steps logging_first_step logging_strategy report_to run_name project disable_tqdm
     log_level log_level_replica log_on_each_node trackio_space_id trackio_bucket_id trackio_static_space_id
-    save_strategy save_steps save_total_limit resume_from_checkpoint
+    save_strategy save_steps save_total_limit resume_from_checkpoint restore_callback_states_from_checkpoint
     push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
     torch_compile torch_compile_backend torch_compile_mode tf32 full_determinism
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs

@@ -102,7 +102,7 @@ class PackedConversations:
         }
 
 
-class NanoChatSFTTrainer(WholeCheckpointsMixin, MuonTrainerMixin, SFTTrainer):
+class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
     """Fine-tunes on conversations.
 
     Args:
