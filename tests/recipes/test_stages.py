@@ -1,0 +1,100 @@
+"""What a stage's record promises: done means done and unharmed, one process at a time, and inputs known by content."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import dataclass
+
+import pytest
+
+from modeling_nanochat.recipes.stages import lock
+from modeling_nanochat.recipes.stages.record import Stage, fingerprint, read_stage
+
+
+@dataclass
+class Settings:
+    rate: float = 1.0
+
+
+def run_stage(folder, rate=1.0, inputs=(), text="weights", stop=False) -> bool:
+    """A stage that writes one file; False if it was done before."""
+    stage = Stage("work", str(folder), [Settings(rate)], inputs)
+    if stage.is_done():
+        return False
+    stage.announce(steps=1)
+    (folder / "model.bin").write_text(text)
+    if not stop:
+        stage.finish({"loss": 1.0}, [{"loss": float("nan"), "step": 1}])
+    lock.release(folder / lock.NAME)
+    return True
+
+
+def test_what_is_done_is_not_done_again_and_what_is_harmed_is(tmp_path, capsys):
+    assert run_stage(tmp_path) and not run_stage(tmp_path)
+    assert read_stage(tmp_path)["log_history"] == [{"loss": None, "step": 1}]
+    (tmp_path / "model.bin").write_text("weightz")  # as long as before
+    assert run_stage(tmp_path)
+    assert "model.bin has changed since it was written" in capsys.readouterr().out
+    (tmp_path / "model.bin").unlink()
+    assert run_stage(tmp_path)
+
+
+def test_a_record_is_withdrawn_before_its_files_change(tmp_path):
+    """Run A finishes, run B is killed, A is asked for again: its files are B's, so it has to be done again."""
+    run_stage(tmp_path)
+    run_stage(tmp_path, rate=2.0, text="of run B", stop=True)
+    assert read_stage(tmp_path) is None
+    assert run_stage(tmp_path) and (tmp_path / "model.bin").read_text() == "weights"
+
+
+@pytest.mark.parametrize("name", ["stage.json", "stage.begun.json"])
+def test_a_truncated_record_says_nothing(tmp_path, name):
+    run_stage(tmp_path, stop=name == "stage.begun.json")
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:40])
+    stage = Stage("work", str(tmp_path), [Settings()])
+    assert not stage.is_done() and not stage.can_continue()
+
+
+def test_inputs_are_known_by_their_contents(tmp_path):
+    data, output = tmp_path / "own", tmp_path / "out"
+    data.mkdir()
+    for number in range(3):
+        (data / f"shard_{number}.txt").write_text(f"text {number}")
+    assert run_stage(output, inputs=[str(data)]) and not run_stage(output, inputs=[str(data)])
+    shutil.copytree(data, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(data)  # whenever it was written
+    before = fingerprint(data)
+    for change in (
+        lambda: (data / "shard_1.txt").write_text("text X"),
+        lambda: (data / "shard_3.txt").write_text("one more"),
+        lambda: (data / "shard_0.txt").unlink(),
+    ):
+        change()
+        assert fingerprint(data) != before
+        before = fingerprint(data)
+    assert run_stage(output, inputs=[str(data)])
+
+
+def test_an_input_that_is_no_longer_as_its_stage_left_it_is_refused(tmp_path):
+    run_stage(tmp_path / "made")
+    assert run_stage(tmp_path / "out", inputs=[str(tmp_path / "made")])
+    (tmp_path / "made" / "model.bin").write_text("flipped")
+    with pytest.raises(ValueError, match=r"made is not as the stage work left it: model.bin has changed"):
+        run_stage(tmp_path / "out", inputs=[str(tmp_path / "made")])
+
+
+def test_one_process_at_a_time(tmp_path):
+    run_stage(tmp_path, stop=True)
+    other = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    other.start()
+    held = {"host": lock.socket.gethostname(), "process": other.pid, "started": lock.started(other.pid)}
+    (tmp_path / lock.NAME).write_text(json.dumps(held))
+    if lock.started(other.pid):  # still there
+        with pytest.raises(ValueError, match=rf"process {other.pid} on .* is at work in {tmp_path}; expected to wait"):
+            run_stage(tmp_path)
+    other.join()
+    assert run_stage(tmp_path) and not (tmp_path / lock.NAME).exists()  # its process is gone
+    (tmp_path / lock.NAME).write_text(json.dumps(held | {"host": "elsewhere"}))
+    with pytest.raises(ValueError, match=r"on elsewhere is at work.*stage.lock to be removed"):
+        lock.take(tmp_path)
