@@ -5,9 +5,11 @@ its calls of the calculator (with their two marks) and the end of its turn. What
 answered, is context and never a target. Text is always encoded as ordinary text: somebody who types
 `<|assistant_start|>` gets those characters and never the special token, so nobody can speak in another's name.
 
-`chat_template.jinja` beside this file writes the same format as one string, for `apply_chat_template` and servers. It
-has to pass through a string, where a typed `<|assistant_start|>` cannot be told from a real one: prefer the renderer
-wherever the text is not trusted. The price of rendering by parts is that a token never spans two parts.
+`chat_template.jinja` beside this file writes the same format as one string, for `apply_chat_template` and servers: the
+same ids, and the same mask, for whatever both take. The one difference is a typed `<|assistant_start|>`, which
+no string can keep apart from a real one: the template refuses it. Both refuse what has no single meaning: texts that
+are empty, fields they do not know, an output without a call. The price of rendering by parts is that a token never
+spans a mark.
 
 Everything here works with any byte-level fast tokenizer that has the nine special tokens; none of it needs torch.
 """
@@ -101,7 +103,7 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
             add([special[USER_START], *encode_text(tokenizer, message["content"]), special[USER_END]], 0)
             continue
         add([special[ASSISTANT_START]], 0)
-        for kind, text in content_parts(message["content"]):
+        for kind, text in join_texts(content_parts(message["content"])):
             tokens = encode_text(tokenizer, text)
             start, end = PART_MARKS[kind]
             if start is not None:
@@ -124,15 +126,43 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def content_parts(content: str | Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """(type, text) of every part of a message's content; a string is one text part."""
-    if isinstance(content, str):
-        return [("text", content)]
-    if not isinstance(content, Sequence):
+    """(type, text) of every part of a message's content; a string is one text part.
+
+    Raises:
+        ValueError: content of another form, an empty text, or an output that follows no call.
+    """
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence) or not parts:
         raise ValueError(f"content must be a string or a list of parts, not {content!r}")
-    for part in content:
+    previous = None
+    for part in parts:
         if not isinstance(part, dict) or part.get("type") not in PART_MARKS or not isinstance(part.get("text"), str):
             raise ValueError(f"a part must be {{'type': one of {list(PART_MARKS)}, 'text': str}}, not {part!r}")
-    return [(part["type"], part["text"]) for part in content]
+        refuse_unknown_fields(part, ("type", "text"))
+        if not part["text"]:
+            raise ValueError(f"a text is empty, expected at least one character: {content!r}")
+        if part["type"] == "python_output" and previous != "python":
+            raise ValueError(f"a python_output must follow a python part, not {previous}: {content!r}")
+        previous = part["type"]
+    return [(part["type"], part["text"]) for part in parts]
+
+
+def refuse_unknown_fields(fields: dict[str, Any], known: Sequence[str]) -> None:
+    """`ValueError` for a field that would be ignored; one that is None says nothing (tables add such)."""
+    unknown = [name for name, value in fields.items() if name not in known and value is not None]
+    if unknown:
+        raise ValueError(f"expected the fields {list(known)} and no others, got also {unknown} in {fields!r}")
+
+
+def join_texts(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parts with neighbouring texts made one: where a text is cut must not change its tokens."""
+    joined: list[tuple[str, str]] = []
+    for kind, text in parts:
+        if joined and kind == joined[-1][0] == "text":
+            joined[-1] = (kind, joined[-1][1] + text)
+        else:
+            joined.append((kind, text))
+    return joined
 
 
 def merge_system_message(messages: Sequence[Message]) -> list[Message]:
@@ -140,6 +170,7 @@ def merge_system_message(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ValueError(f"a message must be {{'role': ..., 'content': ...}}, not {message!r}")
+        refuse_unknown_fields(message, ("role", "content"))
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     system = turns.pop(0) if turns and turns[0]["role"] == "system" else None
     if not turns:
@@ -149,10 +180,16 @@ def merge_system_message(messages: Sequence[Message]) -> list[Message]:
         if turn["role"] != expected:
             roles = [message["role"] for message in messages]
             raise ValueError(f"roles must go user, assistant, user, ... after an optional system message, not {roles}")
+        parts = content_parts(turn["content"])
         if expected == "user":
-            if any(kind != "text" for kind, _ in content_parts(turn["content"])):
-                raise ValueError(f"a user's content can only be text, not {turn['content']!r}")
-            turn["content"] = message_text(turn["content"])
+            turn["content"] = plain_text(parts)
     if system is not None:
-        turns[0]["content"] = message_text(system["content"]) + "\n\n" + turns[0]["content"]
+        turns[0]["content"] = plain_text(content_parts(system["content"])) + "\n\n" + turns[0]["content"]
     return turns
+
+
+def plain_text(parts: Sequence[tuple[str, str]]) -> str:
+    """The content of a user or system message; `ValueError` for a part that is no text."""
+    if any(kind != "text" for kind, _ in parts):
+        raise ValueError(f"a user's or system's content can only be text, not {list(parts)!r}")
+    return "".join(text for _, text in parts)

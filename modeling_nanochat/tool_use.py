@@ -9,13 +9,17 @@ that have just called.
 Expressions are untrusted text. They are checked against an alphabet, parsed, and their syntax tree is walked; nothing
 is ever evaluated by Python itself. Without powers a result has no more digits than the expression, which is bounded in
 length: so depth, size and time are bounded too.
+
+Values are exact fractions and are written as people write them: 48/2 is 24, 0.1+0.2 is 0.3, never 24.0 or
+0.30000000000000004. What training data shows as an output (`eval/tasks`) is written by this same function.
 """
 
 import ast
-import math
 import operator
 import re
 from collections.abc import Sequence
+from decimal import Context, Decimal
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -31,41 +35,51 @@ from .tokenization_nanochat_gpt import (
 )
 
 MAX_EXPRESSION_LENGTH = 256  # characters; the longest of GSM8K's 28,000 has 30
-MAX_MAGNITUDE = 10**15  # below this, floats hold whole numbers exactly and are not printed as 1e+16
-MAX_FORCED_TOKENS = 2 + len("-1.2345678901234567e-250")  # both marks and the longest value, one token a character
+MAX_MAGNITUDE = 10**15  # values from there on, and nearer to 0 than MIN_MAGNITUDE, are not written
+MIN_MAGNITUDE = Fraction(1, 10**9)
+SIGNIFICANT = Context(prec=12)  # digits of a value that is not whole: more than any reader needs
+MAX_FORCED_TOKENS = 2 + len("-0.00000000123456789012")  # both marks and the longest value, one token a character
 
 STRING = r"'[^'\\\r\n]*'|\"[^\"\\\r\n]*\""
-COMMA_OUTSIDE_STRINGS = re.compile(rf"({STRING})|,")
+COMMA_OR_DOLLAR_OUTSIDE_STRINGS = re.compile(rf"({STRING})|[,$]")
 ALPHABET = re.compile(rf"(?:[0-9+\-*/.() ]|\.count|{STRING})+")
 BINARY_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 UNARY_OPERATORS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression: str) -> str | None:
-    """The value of an expression as Python would print it, or None if it has none.
+    """The value of an expression as people write numbers, or None if it has none.
 
-    Allowed are `+ - * / ( )` on numbers, with commas as in 1,000 dropped, and `'string'.count('x')`. Anything else,
-    a division by zero, an expression over 256 characters or a result of 10^15 and more has no value.
+    Allowed are `+ - * / ( )` on numbers, with commas and dollar signs as in $1,000 dropped, and `'string'.count('x')`.
+    Anything else, a division by zero, an expression over 256 characters or a result of 10^15 and more, or nearer to 0
+    than 10^-9, has no value. Whole values are exact; others are rounded to 12 significant digits.
     """
     if len(expression) > MAX_EXPRESSION_LENGTH:
         return None
-    expression = COMMA_OUTSIDE_STRINGS.sub(r"\1", expression).strip()
+    expression = COMMA_OR_DOLLAR_OUTSIDE_STRINGS.sub(r"\1", expression).strip()
     if not ALPHABET.fullmatch(expression):
         return None
     try:
         value = _value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
         return None
-    if not math.isfinite(value) or abs(value) >= MAX_MAGNITUDE:
+    if abs(value) >= MAX_MAGNITUDE or 0 < abs(value) < MIN_MAGNITUDE:
         return None
-    return str(value)
+    return write_number(value)
 
 
-def _value(node: ast.expr) -> int | float:
+def write_number(value: Fraction) -> str:
+    """A value without an exponent, and without a point if it is whole."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"{SIGNIFICANT.divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
+
+
+def _value(node: ast.expr) -> Fraction:
     """The value of a syntax tree of allowed nodes; `ValueError` for any other."""
     match node:
         case ast.Constant(value=int() | float() as number):
-            return number
+            return Fraction(str(number))  # the decimal that was written, not the binary number nearest to it
         case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY_OPERATORS:
             return UNARY_OPERATORS[type(op)](_value(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY_OPERATORS:
@@ -75,7 +89,7 @@ def _value(node: ast.expr) -> int | float:
             args=[ast.Constant(value=str() as part)],
             keywords=[],
         ):
-            return text.count(part)
+            return Fraction(text.count(part))
     raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 

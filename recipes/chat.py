@@ -127,8 +127,11 @@ class Chat:
                 streamer=stream,
             )
         stream.finish()
-        parts = [part for part in split_parts(self.tokenizer, stream.ids) if part["text"]]
-        self.messages.append({"role": "assistant", "content": parts})
+        parts = said_parts(split_parts(self.tokenizer, stream.ids))
+        if parts:
+            self.messages.append({"role": "assistant", "content": parts})
+        else:
+            self.messages.pop()  # nothing was said: the exchange is forgotten
         return forgotten
 
     def _prompt(self) -> list[int]:
@@ -190,6 +193,17 @@ def split_parts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[dict
     # Between two marks there is no text; only the last piece is kept though empty.
     kept = [piece for piece in pieces[:-1] if piece[0] != "text" or piece[1]] + pieces[-1:]
     return [{"type": kind, "text": tokenizer.decode(tokens)} for kind, tokens in kept]
+
+
+def said_parts(parts: list[dict[str, str]]) -> list[dict[str, str]]:
+    """An answer as content that can be rendered again: nothing empty, and an output that the model made up without a
+    call is text."""
+    said: list[dict[str, str]] = []
+    for part in parts:
+        if part["text"]:
+            called = said and said[-1]["type"] == "python"
+            said.append(part if part["type"] != "python_output" or called else {**part, "type": "text"})
+    return said
 
 
 def readable(parts: list[dict[str, str]], finished: bool) -> str:

@@ -35,9 +35,41 @@ def test_gsm8k_calculations_become_calculator_calls():
 
 
 @pytest.mark.parametrize(
+    ("calculation", "output"),
+    [  # every way in which the 27,998 calculations of the real data set differ from the calculator
+        ("48/2=24", "24"),
+        ("2*15=30.00", "30"),  # 822 outputs are written otherwise: zeros behind the point,
+        (".6*.5=.3", "0.3"),  # no zero before it,
+        ("1000*60=60,000", "60000"),  # or commas
+        ("3/4=3/4", "0.75"),  # one is no number
+        ("560//10=56", None),  # two expressions have no value here: they stay text
+        ("180//3=60", None),
+    ],
+)
+def test_gsm8k_outputs_are_those_of_inference(calculation, output):
+    _, solution = gsm8k.to_messages({"question": "?", "answer": f"So <<{calculation}>>it is.\n#### 5"})
+    made = [(part["type"], part["text"]) for part in solution["content"]]
+    if output is None:
+        assert made == [("text", "So it is.\n#### 5")]
+    else:
+        expression = calculation.rpartition("=")[0]
+        assert made == [
+            ("text", "So "), ("python", expression), ("python_output", output), ("text", "it is.\n#### 5"),
+        ]  # fmt: skip
+        assert calculate(expression) == output
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("so\n#### 42", "42"),
+        ("#### 24.0", "24"),
+        ("#### $1,200.50.", "1200.5"),
+        ("#### -.5", "-0.5"),
+        ("#### 007", "7"),
+        ("#### -0", "0"),
+        ("#### 1.2.3", None),
+        ("#### .", None),
         ("#### -1,234.5 dollars", "-1234.5"),
         ("#### 7\n#### 8", "7"),
         ("the answer is 42", None),
@@ -52,7 +84,9 @@ def test_final_answer_is_the_first_marked_number(text, answer):
 
 
 def test_reference_may_have_commas():
-    assert gsm8k.is_correct("#### 1,200", "1200") and gsm8k.is_correct("#### 1200", "1,200")
+    assert gsm8k.is_correct("#### 1,200", "1200") and gsm8k.is_correct("#### 1200", "$1,200.00")
+    with pytest.raises(ValueError, match="reference answer is 'many', expected a number"):
+        gsm8k.is_correct("#### 1", "many")
 
 
 def test_multiple_choice_is_rendered_exactly():
@@ -108,7 +142,7 @@ def test_most_reasoning_gym_solutions_gain_calls():
         ("So 35 × 3 = 105 kiwi", [("So 35 × 3 = ", "35 * 3", "105"), "105 kiwi"]),
         ("5 balls * £14/ball = £70.", [("5 balls * £14/ball = £", "5 * 14", "70"), "70."]),
         ("1,000 x $2 = $2,000", [("1,000 x $2 = $", "1000 * 2", "2000"), "2,000"]),
-        ("12 ÷ 1 = 12 times", [("12 ÷ 1 = ", "12 / 1", "12.0"), "12 times"]),
+        ("12 ÷ 1 = 12 times", [("12 ÷ 1 = ", "12 / 1", "12"), "12 times"]),
         ("8 kg * 2 - 3 = 13 kg/goat", [("8 kg * 2 - 3 = ", "8 * 2 - 3", "13"), "13 kg/goat"]),
         ("5 balls * £15/ball = £70.", ["5 balls * £15/ball = £70."]),
         ("2x = 54 and 1/4 = 25%", ["2x = 54 and 1/4 = 25%"]),

@@ -1,14 +1,17 @@
 """The calculator: exact, bounded, impossible to break out of, and forced into the text of every way to generate."""
 
+import random
+import re
 import time
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
-from modeling_nanochat.tool_use import CalculatorLogitsProcessor, calculate, forced_token_mask
+from modeling_nanochat.tool_use import MAX_FORCED_TOKENS, CalculatorLogitsProcessor, calculate, forced_token_mask
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 
 
@@ -27,15 +30,22 @@ def tokenizer():
         (" 2*(3 - 5) ", "-4"),
         ("-(-3) - +2", "1"),
         ("10/4", "2.5"),
-        ("10/5", "2.0"),
-        ("0.1+0.2", "0.30000000000000004"),
-        (".5 * 4.", "2.0"),
+        ("10/5", "2"),
+        ("0.1+0.2", "0.3"),
+        ("0.1 + 0.2 - 0.3", "0"),
+        ("1 / 3 * 3", "1"),
+        ("2/3", "0.666666666667"),
+        (".5 * 4.", "2"),
+        ("-.0", "0"),
         ("1,000 * 1,234", "1234000"),
+        ("$1,000.50 * 2", "2001"),
         ("12345678 * 12345678", str(12345678**2)),
-        ("1/30000", "3.3333333333333335e-05"),
+        ("999999999999.5 * 1000", "999999999999500"),
+        ("1/30000", "0.0000333333333333"),
         ("'strawberry'.count('r')", "3"),
         ('"strawberry".count("rr") + 1', "2"),
         ("'a,b,c'.count(',')", "2"),
+        ("'a$b,c'.count('$')", "1"),
         ("'Straße'.count('ß')", "1"),
     ],
 )
@@ -94,12 +104,70 @@ def test_calculates(expression, value):
         "-" * 255 + "x",
         "1+" * 200 + "1",
         "1\x00",
+        "1 / 3000000000",
+        "5%",
+        "$",
     ],
 )
 def test_anything_else_has_no_value(expression):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert calculate(expression) is None
+
+
+def random_expression(rng: random.Random, depth: int = 0) -> tuple[str, Fraction | None]:
+    """An expression of the grammar and its value (None after a division by zero), worked out while it is written."""
+    kind = rng.choice("nnn+-*/(u") if depth < 3 else "n"
+    if kind == "n":
+        number = rng.choice((rng.randint(0, 99), rng.randint(0, 10**6), round(rng.uniform(0, 100), rng.randint(1, 3))))
+        written = f"{number:,}" if rng.random() < 0.3 else str(number)
+        return rng.choice(("", "", "$")) + written, Fraction(str(number))
+    left, a = random_expression(rng, depth + 1)
+    if kind == "(":
+        return f"({left})", a
+    if kind == "u":
+        return f"-({left})", None if a is None else -a
+    right, b = random_expression(rng, depth + 1)
+    value = None
+    if a is not None and b is not None and not (kind == "/" and b == 0):
+        value = a + b if kind == "+" else a - b if kind == "-" else a * b if kind == "*" else a / b
+    space = rng.choice(("", " "))
+    return f"({left}){space}{kind}{space}({right})", value
+
+
+def test_fifty_thousand_right_expressions_have_the_value_of_their_fraction():
+    rng = random.Random(0)
+    for _ in range(50_000):
+        expression, value = random_expression(rng)
+        written = calculate(expression)
+        if value is None or abs(value) >= 10**15 or 0 < abs(value) < Fraction(1, 10**9) or len(expression) > 256:
+            assert written is None, expression
+            continue
+        assert abs(Fraction(written) - value) <= abs(value) / 10**11, expression
+        assert re.fullmatch(r"-?\d+(\.\d*[1-9])?", written) and written != "-0"
+        assert len(written) + 2 <= MAX_FORCED_TOKENS
+        if value.denominator == 1:
+            assert written == str(value)
+
+
+def test_fifty_thousand_random_strings_are_refused_or_worth_what_python_says():
+    rng, valued = random.Random(1), 0
+    alphabet = "0123456789012345678900++--**//().,$ "
+    odd = ["'ab'", ".count", "('a')", "e", "_", "\n", "x", "**", "//", "[", "你", "\x00", '"', "%"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's, about what is evaluated here to compare with
+        for _ in range(50_000):
+            pieces = rng.choices(alphabet, k=rng.randint(1, 12))
+            if rng.random() < 0.2:
+                pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(odd))
+            expression = "".join(pieces)
+            value = calculate(expression)
+            if value is not None:
+                valued += 1
+                plain = expression.replace(",", "").replace("$", "").strip()
+                assert "**" not in plain and "//" not in plain
+                assert float(value) == pytest.approx(eval(plain, {"__builtins__": {}}), rel=1e-9, abs=1e-9)
+    assert valued > 5000
 
 
 def test_hostile_expressions_are_cheap():
