@@ -52,11 +52,10 @@ def quiet_config(folder: Path, **settings) -> PretrainConfig:
     return PretrainConfig(output_dir=str(folder), **(defaults | settings))
 
 
-def golden_trainer(name: str, polar_dtype: str, folder: Path, **settings) -> tuple[dict, PretrainTrainer]:
+def golden_trainer(name: str, era: str, polar_dtype: str, folder: Path, **settings) -> tuple[dict, PretrainTrainer]:
     """A case of upstream's own training, and our trainer with its network, rows and given rates."""
     case = json.loads((GOLDEN / f"{name}_{polar_dtype}" / "case.json").read_text())
     tensors = {file: load_file(GOLDEN / f"{name}_float32" / f"{file}.safetensors") for file in ("init", "rows")}
-    era = settings.get("era", "seed")
     network = config_from_upstream(case["model_config"], era)
     model = NanoChatGPTForCausalLM(network)
     model.load_state_dict(tensors_to_ours(tensors["init"], network, UPSTREAM_NAMES))
@@ -91,7 +90,7 @@ def assert_upstreams_norms(trainer: PretrainTrainer, case: dict) -> None:
 @pytest.mark.parametrize(("polar_dtype", "tolerance"), [("float32", 0.002), ("bfloat16", 0.02)])
 def test_follows_upstreams_seed_at_every_step(tmp_path, polar_dtype, tolerance):
     """Losses of 100 steps within the tolerance of the golden cases, and with float32 the norms of all final tensors."""
-    case, trainer = golden_trainer("2026_01_seed", polar_dtype, tmp_path, warmup_steps=0.1)
+    case, trainer = golden_trainer("2026_01_seed", "seed", polar_dtype, tmp_path, warmup_steps=0.1)
     trainer.train()
     assert losses_of(trainer) == pytest.approx(case["losses"], abs=tolerance)
     if polar_dtype == "float32":
@@ -111,9 +110,7 @@ class StopAt(TrainerCallback):
 def test_follows_upstreams_head_at_every_step(tmp_path, polar_dtype, steps):
     """A run of 480 steps by head's own schedules, which no setting names; of that in bfloat16 a quarter, because it is
     emulated here and takes a minute. The run amplifies noise: 1e-6 in the weights moves a loss by up to 0.015."""
-    case, trainer = golden_trainer(
-        "2026_07_head", polar_dtype, tmp_path, era="head", weight_decay=HEAD_CASE_WEIGHT_DECAY
-    )
+    case, trainer = golden_trainer("2026_07_head", "head", polar_dtype, tmp_path, weight_decay=HEAD_CASE_WEIGHT_DECAY)
     trainer.add_callback(StopAt(steps))
     trainer.train()
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
