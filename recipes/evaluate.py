@@ -28,6 +28,7 @@ from modeling_nanochat.eval.core.bundle import LABELS, CoreTask
 from modeling_nanochat.eval.intervals import Accuracy
 from modeling_nanochat.eval.models import first_tokens
 from modeling_nanochat.eval.sampling import generate_batch
+from modeling_nanochat.eval.sandbox.judge import Sandbox
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.evaluation.arguments import ChatTaskArguments, CoreArguments, EvaluateArguments
 from modeling_nanochat.recipes.evaluation.core import core_tasks
@@ -54,6 +55,8 @@ def main() -> None:
     stage = Stage("eval", output_dir, [arguments, chat, core, identity], inputs, arguments.rerun)
     if stage.is_done():
         return
+    if "human_eval" in arguments.tasks:
+        Sandbox(allow_weak=chat.allow_weak_sandbox).close()  # its self-test, before a model is loaded
     logging.disable_progress_bar()  # of reading weights, which would tear this one's
     if 0 < len(tasks) < len(LABELS):
         absent = sorted(set(LABELS) - {task.label for task in tasks})

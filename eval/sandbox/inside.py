@@ -1,147 +1,148 @@
-"""The inside of the sandbox: shuts itself in, runs `program.py` of its working folder, and then tells the token.
+"""The inside: a warm interpreter that is forked for each candidate, and what the fork does.
 
-`code_sandbox.run_program` starts this file with `python -I`; it needs only the standard library. Its standard input is
-a pipe with the token, which is read after the program has run; its standard output is the pipe back. The program
-itself gets neither: it reads nothing, and what it prints goes to a file.
+The zygote shuts itself in, says what it could not get, and then does one thing over and over: fork a candidate when the
+worker sends two pipes, and kill whatever is left of it when the worker says so. It never looks at what a candidate
+does. The candidate gives up the rest, says so before the first line of foreign code runs, executes the program and
+then answers calls of the function it defines, until it is killed. Nothing of it outlives it: its folder lies in memory
+that goes with it, and it can start no other process.
 
-With namespaces there are three processes: this one, process 1 of the new namespace, and the program. When process 1
-ends, the kernel kills whatever is left in its namespace, however it hid from its process group.
+Common modules are imported beforehand. This saves time; and where the system refuses a private file system, these are
+the only ones a candidate can import, as it can open no file at all.
 """
 
-import ctypes
+import contextlib
+import gc
+import importlib
 import json
 import os
-import resource
-import runpy
+import signal
+import socket
 import sys
+import types
+from typing import Any
 
-NOBODY = 65534
-CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000  # sched.h
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # prctl.h
-SIGKILL = 9
-LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every architecture
-# landlock.h: what may be done with files; REFER and TRUNCATE exist from the second and third version on.
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REFER, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 13, 1 << 14
-ALL_OF_VERSION_1 = (1 << 13) - 1
-ONLY_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/dev/urandom")
+from . import confine
+from .literals import Channel, NotLiteral, decode, encode
 
-libc = ctypes.CDLL(None, use_errno=True)
+PRELOADED = (
+    "abc array ast bisect calendar cmath collections collections.abc contextlib copy csv dataclasses datetime decimal "
+    "difflib enum fractions functools hashlib heapq html io itertools json keyword locale math numbers operator "
+    "pathlib pprint queue random re secrets statistics string struct textwrap time timeit traceback types typing "
+    "unicodedata uuid warnings zlib"
+)
+MAX_REASON_CHARACTERS = 500
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    token_pipe, report_pipe = os.dup(0), os.dup(1)
-    redirect(settings["output"])
-    isolation = become_nobody(settings["output"], settings["work"])
-    isolation += enter_namespaces()
-    set_limits(settings["limits"])
-    isolation += hide_files(settings["work"])
-    os.write(report_pipe, " ".join(isolation).encode() + b"\n")
-    run("program.py", token_pipe, report_pipe)
+    """Argument: the limits as JSON. Standard input: the socket to the worker."""
+    limits = json.loads(sys.argv[1])
+    control = socket.socket(fileno=os.dup(0))
+    os.dup2(1, 0)  # all three standard descriptors are the null device from here on
+    os.environ.clear()
+    for name in PRELOADED.split():
+        importlib.import_module(name)
+    missing = confine.enter_namespaces(lambda: _ask_for_mapping(control))
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_DFL)  # process 1 cannot be reached by signals that it does not handle
+    gc.collect()
+    gc.freeze()
+    control.send(b"ready")
+    serve(control, limits, missing)
 
 
-def redirect(output: str) -> None:
-    """Standard input is empty, standard output and error go to a file."""
-    empty, printed = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(empty, 0)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    os.close(empty)
-    os.close(printed)
+def _ask_for_mapping(control: socket.socket) -> None:
+    control.send(b"map")
+    control.recv(16)
 
 
-def become_nobody(output: str, work: str) -> list[str]:
-    """Give up being root, whom no limit on processes binds; not if only root can read the interpreter."""
-    if os.geteuid() != 0:
-        return ["user"]
-    os.seteuid(NOBODY)
-    readable = os.access(os.__file__, os.R_OK, effective_ids=True)
-    os.seteuid(0)
-    if not readable:
-        return []
-    for path in (os.path.dirname(work), work, os.path.join(work, "program.py"), output):
-        os.chown(path, NOBODY, NOBODY)
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    return ["user"]
-
-
-def enter_namespaces() -> list[str]:
-    """A world without network and without other processes, where the system lets an ordinary user have one."""
-    if not hasattr(libc, "unshare") or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC) != 0:
-        return []
-    for _ in range(2):  # this process -> process 1 of the namespace -> the program
+def serve(control: socket.socket, limits: dict[str, float], missing: dict[str, str]) -> None:
+    """Fork, wait for the worker's word, kill; until the worker has gone."""
+    while True:
+        message, pipes, _, _ = socket.recv_fds(control, 16, 2)
+        if not message:
+            return
         child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            os._exit(0)
-        libc.prctl(PR_SET_PDEATHSIG, SIGKILL)
-    return ["network", "processes"]
+        if not child:
+            run_candidate(*pipes, limits, missing)
+        for pipe in pipes:
+            os.close(pipe)
+        alive = control.recv(16)
+        os.kill(child, signal.SIGKILL)
+        if os.getpid() == 1:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)  # everything in this namespace but process 1
+        _, status = os.waitpid(child, 0)
+        if not alive:
+            return
+        control.send(str(status).encode())
 
 
-def set_limits(limits: dict[str, float]) -> None:
-    seconds = int(limits["seconds"]) + 1
-    for kind, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
-        (resource.RLIMIT_NOFILE, limits["open_files"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_AS, limits["memory_bytes"]),
-    ):
-        _, most = resource.getrlimit(kind)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(kind, (value, value))
-
-
-def hide_files(work: str) -> list[str]:
-    """Landlock: from here on only the interpreter's files can be read, and only the working folder written."""
-    syscall = libc.syscall
-    version = syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else -1
-    if version < 1:
-        return []
-    handled = ALL_OF_VERSION_1 | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
-    attributes = ctypes.c_uint64(handled)
-    ruleset = syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), ctypes.sizeof(attributes), 0)
-    if ruleset < 0:
-        return []
-    read = EXECUTE | READ_FILE | READ_DIR
-    readable = {*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
-    rules = [(path, read) for path in readable] + [(work, handled), (os.devnull, READ_FILE | WRITE_FILE)]
-    for path, access in rules:
-        if os.path.exists(path):
-            allow(ruleset, path, access & (handled if os.path.isdir(path) else ONLY_FOR_FILES))
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    restricted = syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
-    os.close(ruleset)
-    return ["files"] if restricted else []
-
-
-class PathBeneath(ctypes.Structure):
-    """struct landlock_path_beneath_attr of landlock.h"""
-
-    _pack_ = 1
-    _fields_ = [("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]
-
-
-def allow(ruleset: int, path: str, access: int) -> None:
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    rule = PathBeneath(access, descriptor)
-    libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, ctypes.byref(rule), 0)
-    os.close(descriptor)
-
-
-def run(file: str, token_pipe: int, report_pipe: int) -> None:
-    """Execute the program as `__main__`; if it comes to its end, pass the token on and leave at once."""
-    read, write, flush, leave = os.read, os.write, sys.stdout.flush, os._exit  # the program may replace the names
-    runpy.run_path(file, run_name="__main__")
-    write(report_pipe, read(token_pipe, 64))
+def run_candidate(read_from: int, write_to: int, limits: dict[str, float], missing: dict[str, str]) -> None:
+    """Never returns."""
     try:
-        flush()
+        read_from, write_to = _keep_only(read_from, write_to)
+        channel = Channel(read_from, write_to)
+        try:
+            missing = {**missing, **confine.shut_in(limits, "files" not in missing)}
+        except OSError as error:
+            channel.send({"failed": str(error)})
+            return
+        channel.send({"missing": missing})
+        request = channel.receive()
+        try:
+            function = define(request["program"], request["function"])
+        except BaseException as error:
+            channel.send(describe(error))
+            return
+        channel.send({"value": None})
+        while True:
+            reply(channel, answer(function, channel.receive()))
     finally:
-        leave(0)
+        os._exit(0)
 
 
-main()
+def reply(channel: Channel, message: dict[str, Any]) -> None:
+    try:
+        channel.send(message)
+    except NotLiteral as error:  # too long
+        channel.send({"refused": str(error)})
+
+
+def _keep_only(*pipes: int) -> tuple[int, ...]:
+    """Close every descriptor but the standard ones and these, which become the next ones."""
+    spare = [os.dup2(pipe, 100 + index, inheritable=False) for index, pipe in enumerate(pipes)]
+    kept = tuple(os.dup2(pipe, 3 + index, inheritable=False) for index, pipe in enumerate(spare))
+    os.closerange(3 + len(kept), 1024)
+    return kept
+
+
+def define(program: str, function: str) -> Any:
+    """Execute a program as a module of its own and return the function that it defines."""
+    module = types.ModuleType("candidate")
+    sys.modules["candidate"] = module  # where dataclasses and pickling look their own classes up
+    exec(compile(program, "candidate.py", "exec"), module.__dict__)
+    if function not in module.__dict__:
+        raise NameError(f"the program defines no {function}")
+    return module.__dict__[function]
+
+
+def answer(function: Any, call: dict[str, Any]) -> dict[str, Any]:
+    try:
+        result = function(*decode(call["positional"]), **decode(call["keywords"]))
+    except BaseException as error:
+        return describe(error)
+    try:
+        return {"value": encode(result)}
+    except NotLiteral as error:
+        return {"refused": str(error)[:MAX_REASON_CHARACTERS]}
+    except BaseException as error:
+        return describe(error)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """The class and the words of an exception, whatever its own methods do."""
+    try:
+        words = str(error)
+    except BaseException:
+        words = ""
+    return {"raised": type(error).__name__[:MAX_REASON_CHARACTERS], "words": words[:MAX_REASON_CHARACTERS]}

@@ -1,138 +1,191 @@
-"""Runs programs that nobody has read, and says whether they ran to their end.
+"""The outside: a worker that runs the tests of one case after another, and asks the candidate by literals.
 
-The program runs in a process of its own (`inside.py`): an isolated interpreter, an empty environment, a
-temporary folder to work in, limits on memory, processor time, processes, file size and open files. Where Linux allows
-it to an ordinary user, namespaces leave it no network and no other process to see or to kill, and Landlock no file
-but the interpreter's and its own. At the time limit, or when the program ends, everything it started is killed.
-
-A program has passed when a random token comes back, which lies unread in a pipe until its last line has been executed.
-So nothing passes by leaving early, by printing what a success would print, or by reaching into an object that holds the
-result. A program may still cheat its tests from within, say with an object that equals everything: a sandbox protects
-the machine and the verdict, not the tests.
-
-It is not a virtual machine. `SandboxResult.isolation` names what was in force; on a system that refuses namespaces or
-Landlock (and outside Linux) run it only inside a container that holds nothing of value. A run costs about 0.1 s, most
-of it the start of an interpreter.
+The tests are trusted, being the data set's. They run here as they stand, with a stand-in under the function's name and
+as `check`'s argument. What comes back from a candidate is a literal of the plain types, or an exception of the class
+it raised if that is one of Python's own. A candidate that stops answering, sends something else or takes too long has
+failed, whatever the tests make of it.
 """
 
-import contextlib
+import builtins
 import json
 import os
-import secrets
-import select
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-CHILD = Path(__file__).with_name("inside.py")
-MAX_REPORT_BYTES = 4096  # what the child may send back: a line about its isolation and the token
-MAX_OUTPUT_CHARACTERS = 4000  # of what the program printed, kept from the end
+from . import bare
+from .literals import BrokenMessage, Channel, NotLiteral, decode, encode
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use.
-
-    Attributes:
-        seconds: of wall-clock time, the start of the interpreter included.
-        memory_bytes: of address space.
-        file_bytes: of any file it writes; what it prints goes to a file too.
-        processes: it may have at once.
-        open_files: it may have at once.
-    """
-
-    seconds: float = 5.0
-    memory_bytes: int = 1 << 30
-    file_bytes: int = 1 << 22
-    processes: int = 16
-    open_files: int = 64
+MAX_REASON_CHARACTERS = 500
 
 
-@dataclass(frozen=True)
-class SandboxResult:
-    """How a program ended.
-
-    Attributes:
-        passed: it ran to its last line.
-        timed_out: it was killed at the time limit.
-        output: the end of what it printed, errors included.
-        isolation: what was in force: "user" (not root: the limit on processes holds), "network" (there is none),
-            "processes" (it sees and signals no others), "files" (it reads and writes no others).
-    """
-
-    passed: bool
-    timed_out: bool
-    output: str
-    isolation: tuple[str, ...]
+class Failed(Exception):
+    """The case is decided: the candidate has failed. Its words are the reason."""
 
 
-def run_program(program: str, limits: Limits | None = None) -> SandboxResult:
-    """Run the text of a Python program and say whether it got to its end.
-
-    Args:
-        program: source text; it has no input and no arguments.
-        limits: what it may use.
-    """
-    limits = limits or Limits()
-    token = secrets.token_hex(16).encode()
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-        output = Path(folder, "output.txt")
-        output.touch()
-        work = Path(folder, "work")
-        work.mkdir()
-        (work / "program.py").write_text(program, encoding="utf-8", errors="replace")
-        report, timed_out = _run_child(str(output), str(work), limits, token)
-        with output.open("rb") as printed:
-            printed.seek(max(0, output.stat().st_size - MAX_OUTPUT_CHARACTERS))
-            text = printed.read().decode("utf-8", errors="replace")
-    isolation, separator, end = report.partition(b"\n")
-    names = tuple(isolation.decode("ascii", errors="replace").split()) if separator else ()
-    return SandboxResult(end == token, timed_out, text, names)
+def main() -> None:
+    """Argument: `{"limits", "allow_weak"}`. Standard input and output: cases and verdicts. All JSON, one a line."""
+    settings = json.loads(sys.argv[1])
+    replies = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)  # tests may print
+    zygote = Zygote(settings["limits"])
+    for line in sys.stdin:
+        verdict = run_case(zygote, json.loads(line), settings["limits"]["seconds"], settings["allow_weak"])
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
-def _run_child(output: str, work: str, limits: Limits, token: bytes) -> tuple[bytes, bool]:
-    """What the child reported, and whether it had to be killed at the time limit."""
-    settings = json.dumps({"output": output, "work": work, "limits": vars(limits)})
-    child = subprocess.Popen(
-        [sys.executable, "-I", str(CHILD), settings],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=work,
-        env={},
-        start_new_session=True,
-    )
+class Zygote:
+    """The inside, seen from here."""
+
+    def __init__(self, limits: dict[str, float]):
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = subprocess.Popen(
+            bare.command("inside", json.dumps(limits)),
+            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=bare.environment(),
+        )  # fmt: skip
+        theirs.close()
+        message = self.control.recv(16)
+        if message == b"map":
+            map_users(self.process.pid)
+            self.control.send(b"mapped")
+            message = self.control.recv(16)
+        if message != b"ready":
+            raise RuntimeError("the inside of the sandbox did not start")
+
+    def fork(self, deadline: float) -> Channel:
+        read_answers, write_answers = os.pipe()
+        read_calls, write_calls = os.pipe()
+        socket.send_fds(self.control, [b"fork"], [read_calls, write_answers])
+        os.close(read_calls)
+        os.close(write_answers)
+        return Channel(read_answers, write_calls, deadline)
+
+    def end(self, channel: Channel) -> int:
+        """Kill the candidate; returns the status it ended with."""
+        self.control.send(b"end")
+        status = int(self.control.recv(16))
+        os.close(channel.read_from)
+        os.close(channel.write_to)
+        return status
+
+
+def map_users(process: int) -> None:
+    """Give a process in a new user namespace all ids that exist here, if that is allowed, or else its own only."""
+    for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
+        with open(f"/proc/self/{kind}_map") as ours:
+            extents = [line.split() for line in ours]
+        every_id = "".join(f"{start} {start} {count}\n" for start, _, count in extents)
+        try:
+            _write(f"/proc/{process}/{kind}_map", every_id)
+        except OSError:
+            if kind == "gid":
+                _write(f"/proc/{process}/setgroups", "deny")
+            _write(f"/proc/{process}/{kind}_map", f"{own} {own} 1\n")
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
     try:
-        with child.stdin as pipe:
-            pipe.write(token)
-        return _read_report(child, time.monotonic() + limits.seconds)
-    except BrokenPipeError:  # the child could not even start
-        return b"", False
+        os.write(descriptor, text.encode())
     finally:
-        _kill_group(child)
+        os.close(descriptor)
 
 
-def _read_report(child: subprocess.Popen, deadline: float) -> tuple[bytes, bool]:
-    """Everything up to the end of the pipe, but no more than is due and not beyond the deadline."""
-    report = b""
-    while len(report) < MAX_REPORT_BYTES:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 or not select.select([child.stdout], [], [], remaining)[0]:
-            return report, True
-        piece = os.read(child.stdout.fileno(), MAX_REPORT_BYTES)
-        if not piece:
-            break
-        report += piece
-    return report, False
+class Candidate:
+    """What the tests call: passes arguments and results on, and remembers whether the other side kept to the form."""
+
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self.calls = 0
+        self.failure = ""
+
+    def __call__(self, *positional: Any, **keywords: Any) -> Any:
+        self.calls += 1
+        try:
+            return self.ask({"positional": encode(list(positional)), "keywords": encode(keywords)})
+        except NotLiteral as error:
+            raise self.fail(f"was given no literal: {error}") from error
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        reply = self.exchange(request)
+        if "value" in reply:
+            try:
+                return decode(reply["value"])
+            except NotLiteral as error:
+                raise self.fail(str(error)) from error
+        if isinstance(reply.get("refused"), str):
+            raise self.fail(f"returned no literal: {reply['refused']}")
+        if isinstance(reply.get("raised"), str) and isinstance(reply.get("words"), str):
+            raise _exception(reply["raised"], reply["words"])
+        raise self.fail("a malformed message")
+
+    def exchange(self, request: dict[str, Any] | None) -> dict[str, Any]:
+        if self.failure:
+            raise Failed(self.failure)
+        try:
+            if request is not None:
+                self.channel.send(request)
+            return self.channel.receive()
+        except BrokenMessage as error:
+            raise self.fail(str(error)) from error
+
+    def fail(self, reason: str) -> Failed:
+        self.failure = reason[:MAX_REASON_CHARACTERS]
+        return Failed(self.failure)
 
 
-def _kill_group(child: subprocess.Popen) -> None:
-    """Kill the child and its group; it is reaped only afterwards, so its id cannot have been given to another."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+def _exception(name: str, words: str) -> Exception:
+    """The candidate's exception, as one of Python's own or as `Failed`."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(words)
+        except TypeError:  # UnicodeDecodeError and its like take five arguments
+            pass
+    return Failed(f"{name}: {words}")
+
+
+def run_case(zygote: Zygote, case: dict[str, str], seconds: float, allow_weak: bool) -> dict[str, Any]:
+    """`{"passed", "reason", "missing"}`, or `{"broken": why}` if the inside could not shut itself in.
+
+    Where parts of the isolation are missing and that is not allowed, the program does not run.
+    """
+    candidate = Candidate(zygote.fork(time.monotonic() + seconds))
+    missing = None
+    try:
+        greeting = candidate.exchange(None)
+        if "failed" in greeting:
+            return {"broken": str(greeting["failed"])}
+        missing = greeting["missing"]
+        if missing and not allow_weak:
+            raise Failed("did not run")
+        candidate.ask({"program": case["program"], "function": case["function"]})
+        run_tests(case, candidate)
+        reason = candidate.failure or ("" if candidate.calls else "the tests did not call the function")
+    except Exception as error:
+        reason = candidate.failure or _words(error)
+    finally:
+        status = zygote.end(candidate.channel)
+    if missing is None:
+        return {"broken": f"the inside did not answer: {reason}"}
+    if candidate.failure == "the process ended" and os.WIFSIGNALED(status):
+        reason += f" by {signal.Signals(os.WTERMSIG(status)).name}"
+    return {"passed": not reason, "reason": reason, "missing": missing}
+
+
+def run_tests(case: dict[str, str], candidate: Candidate) -> None:
+    """The data set's own code: what precedes the function, then the tests."""
+    namespace = {"__name__": "tests"}
+    exec(compile(case["setup"], "setup.py", "exec"), namespace)
+    namespace[case["function"]] = candidate
+    exec(compile(case["tests"], "tests.py", "exec"), namespace)
+    namespace["check"](candidate)
+
+
+def _words(error: Exception) -> str:
+    words = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+    return words.rstrip(": ")[:MAX_REASON_CHARACTERS] or "failed"

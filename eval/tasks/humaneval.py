@@ -1,13 +1,17 @@
 """HumanEval: 164 Python functions to complete from their signature and docstring, judged by running tests.
 
-The program that is judged is built here and run in `eval/sandbox/`. A chat model may answer with the body alone, the
-whole function, or either of them in a fenced block with talk around it; all of these are taken.
+A chat model may answer with the body alone, the whole function, or either of them in a fenced block with talk around
+it; all of these are taken. What is judged is put together here and run in `eval/sandbox/`: the completion on the
+inside, the row's tests, which are trusted, on the outside.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+from modeling_nanochat.eval.sandbox.judge import Case, Sandbox, Verdict
+
+FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
 def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -18,13 +22,22 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def program(row: dict[str, Any], completion: str) -> str:
-    """The completion, what the prompt imports and defines before it, and the row's tests, as one program."""
-    fenced = FENCE.search(completion)
-    code = fenced.group(1) if fenced else completion
-    if re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE):
-        header = row["prompt"][: row["prompt"].rindex("def " + row["entry_point"])]
-        code = header + code
-    else:
-        code = row["prompt"] + code
-    return f"{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+def case(row: dict[str, Any], completion: str) -> Case:
+    """The completion with what the prompt imports and defines before it, and the row's tests.
+
+    Args:
+        row: `{"prompt", "entry_point", "test"}`.
+        completion: a model's answer. Of several fenced blocks, the first that defines the function counts.
+    """
+    name, prompt = row["entry_point"], row["prompt"]
+    header = prompt[: prompt.rindex(f"def {name}")]
+    defines = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
+    codes = FENCE.findall(completion) or [completion]
+    code = next(filter(defines.search, codes), codes[0])
+    program = (header if defines.search(code) else prompt) + code
+    return Case(program=program, function=name, tests=row["test"], setup=header)
+
+
+def judge(sandbox: Sandbox, answers: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
+    """Verdicts on (row, completion) pairs, in their order."""
+    return sandbox.judge([case(row, completion) for row, completion in answers])

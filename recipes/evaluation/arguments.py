@@ -64,6 +64,9 @@ class ChatTaskArguments:
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Length at which an answer is cut off."})
     batch_rows: int = field(default=128, metadata={"help": "Rows sampled at once."})
+    allow_weak_sandbox: bool = field(
+        default=False, metadata={"help": "Run `human_eval` even where the system refuses a part of the isolation."}
+    )
 
     @property
     def samples_drawn(self) -> int:

@@ -23,7 +23,7 @@ from modeling_nanochat.eval.core.scores import TaskResult, core_facts, summarize
 from modeling_nanochat.eval.intervals import Accuracy, mean_with_interval, pass_at_k, summarize_passes
 from modeling_nanochat.eval.multiple_choice import chat_core, guessing_accuracy, predict_letters
 from modeling_nanochat.eval.sampling import Judge, sample_and_judge
-from modeling_nanochat.eval.sandbox.outside import run_program
+from modeling_nanochat.eval.sandbox.judge import Sandbox
 from modeling_nanochat.eval.tasks import gsm8k, humaneval, multiple_choice, spelling
 from modeling_nanochat.eval.tasks.rows import Row, read_rows
 from modeling_nanochat.recipes.evaluation.arguments import ChatTaskArguments, CoreArguments, EvaluateArguments
@@ -199,7 +199,15 @@ def measure_human_eval(subject: Subject) -> Outcome:
         f"{subject.arguments.data}/eval/humaneval.jsonl", lambda row: {name: row[name] for name in fields}, str(fields)
     )
     rows = [{**row, "messages": humaneval.to_messages(row)} for row in problems[: subject.chat.max_problems]]
-    return passes("human_eval", answer(subject, rows, run_programs, sampled=True), subject.chat.samples_drawn)
+    with Sandbox(allow_weak=subject.chat.allow_weak_sandbox) as sandbox:
+
+        def run_programs(answers: Sequence[tuple[Row, str]]) -> list[bool]:
+            return [verdict.passed for verdict in humaneval.judge(sandbox, answers)]
+
+        records = answer(subject, rows, run_programs, sampled=True)
+    outcome = passes("human_eval", records, subject.chat.samples_drawn)
+    outcome.figures["human_eval_isolation"] = sandbox.isolation
+    return outcome
 
 
 def answer(subject: Subject, rows: Sequence[Row], judge: Judge, sampled: bool) -> list[Record]:
@@ -233,10 +241,6 @@ def passes(name: str, records: list[Record], num_samples: int) -> Outcome:
 
 def check_numbers(answers: Sequence[tuple[Row, str]]) -> list[bool]:
     return [gsm8k.is_correct(text, row["answer"]) for row, text in answers]
-
-
-def run_programs(answers: Sequence[tuple[Row, str]]) -> list[bool]:
-    return [run_program(humaneval.program(row, text)).passed for row, text in answers]
 
 
 def some(rows: list[Row], count: int, seed: int) -> list[Row]:

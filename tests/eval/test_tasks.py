@@ -206,13 +206,17 @@ PROBLEM = {
         "Here it is:\n```python\ndef half(x):\n    return x / 2\n```\nDone.",
         "```\n    return x / 2\n```",
         "```python\nimport os\n\ndef half(x):\n    return x / 2",
+        "Call it:\n```\nhalf(4)\n```\nwith\n```python3\ndef half(x):\n    return x / 2\n```",
+        "```Python\r\ndef half(x):\r\n    return x / 2\r\n```",
     ],
 )
 def test_humaneval_takes_bodies_functions_and_fenced_blocks(completion):
-    text = humaneval.program(PROBLEM, completion)
-    compile(text, "program", "exec")
-    assert text.endswith("check(half)\n") and "return x / 2" in text and text.startswith("import math")
-    assert "Here it is" not in text and "```" not in text
+    case = humaneval.case(PROBLEM, completion)
+    namespace = {}
+    exec(case.program, namespace)
+    assert namespace[case.function](4) == 2 and case.program.startswith("import math")
+    assert "Here it is" not in case.program and "```" not in case.program
+    assert case.tests == PROBLEM["test"] and case.setup == "import math\n\n\n"
 
 
 def test_humaneval_reference_is_the_whole_function():

@@ -166,6 +166,7 @@ def test_models_are_measured_side_by_side_and_only_once(monkeypatch, capsys, pre
     arguments = [
         "--models", str(prepared / "base"), str(prepared / "sft"), "--tasks", "bits_per_byte", "multiple_choice",
         "problems", "spelling", "human_eval", "--num_samples", "2", "--max_new_tokens", "8", "--max_problems", "4",
+        "--allow_weak_sandbox", "true",
     ]  # fmt: skip
     run_evaluate(monkeypatch, prepared, *arguments)
     out = capsys.readouterr().out
@@ -176,7 +177,8 @@ def test_models_are_measured_side_by_side_and_only_once(monkeypatch, capsys, pre
         assert names <= set(figures) and 2.0 < figures["bits_per_byte"] < 9.0
         assert figures["sums"]["low"] <= figures["sums"]["mean"] <= figures["sums"]["high"]
         assert figures["chat_core_of"] == "human_eval + problems + spelling + sums"
-    assert "bits_per_byte" in out and "chat_core" in out
+        assert "calls" in figures["human_eval_isolation"]
+    assert "bits_per_byte" in out and "chat_core" in out and "human_eval_isolation" in out
     assert {sample["task"] for sample in stage["samples"]} == {"problems", "spelling", "human_eval"}
     run_evaluate(monkeypatch, prepared, *arguments)
     assert "already done" in capsys.readouterr().out
