@@ -14,6 +14,7 @@ spans a mark.
 Everything here works with any byte-level fast tokenizer that has the nine special tokens; none of it needs torch.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+INSIDE_OUTPUT_START = re.compile(r"(?<=<\|output)(?=_start\|>)")
+
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str | list of parts}
 PART_MARKS = {"text": (None, None), "python": (PYTHON_START, PYTHON_END), "python_output": (OUTPUT_START, OUTPUT_END)}
 
@@ -60,8 +63,13 @@ def generation_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of ordinary text: no BOS, and special tokens spelled out in it become plain characters."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    """Ids of ordinary text: no BOS, and special tokens spelled out in it become plain characters.
+
+    `<|output_start|>` is no special token to the tokenizer (`training/tokenizer.py` says why): where it is spelled out,
+    the text is cut between two words of the pre-split, which changes no other id.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return [index for piece in INSIDE_OUTPUT_START.split(text) for index in tokenizer(piece, **options)["input_ids"]]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -75,8 +83,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def message_text(content: str | Sequence[dict[str, str]]) -> str:
-    """The text of a message, its parts joined: what decoding its tokens without the special ones gives."""
-    return "".join(text for _, text in content_parts(content))
+    """The text of a message, its parts joined, the calculator's answer behind an equals sign (`12 + 30 = 42`): what
+    decoding its tokens without the special ones gives."""
+    return "".join(f" = {text}" if kind == "python_output" else text for kind, text in content_parts(content))
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:

@@ -12,6 +12,9 @@ length: so depth, size and time are bounded too.
 
 Values are exact fractions and are written as people write them: 48/2 is 24, 0.1+0.2 is 0.3, never 24.0 or
 0.30000000000000004. What training data shows as an output (`eval/tasks`) is written by this same function.
+
+A checkpoint whose generation settings say `use_calculator` brings this along by itself (`_get_logits_processor` in
+modeling_nanochat_gpt.py), with the tokenizer that lies in its folder.
 """
 
 import ast
@@ -23,7 +26,11 @@ from fractions import Fraction
 from functools import lru_cache
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    CLASSIC_TO_CB_PROCESSORS_MAP,
+    ContinuousBatchingLogitsProcessor,
+)
 
 from .tokenization_nanochat_gpt import (
     OUTPUT_END,
@@ -94,7 +101,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 class CalculatorLogitsProcessor(LogitsProcessor):
-    """Forces the calculator's answer after a call: for `generate(..., logits_processor=[...])`.
+    """Forces the calculator's answer after a call: for `generate(..., logits_processor=[...])` of any model.
 
     Args:
         tokenizer: a fast tokenizer with the nine special tokens.
@@ -102,6 +109,8 @@ class CalculatorLogitsProcessor(LogitsProcessor):
     Raises:
         ValueError: if the tokenizer lacks one of the special tokens.
     """
+
+    supports_continuous_batching = False  # as it is; CalculatorForContinuousBatching takes its place
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         special = special_token_ids(tokenizer)
@@ -155,6 +164,55 @@ class CalculatorLogitsProcessor(LogitsProcessor):
         if value is None:
             return []
         return [self.output_start, *encode_text(self.tokenizer, value), self.output_end]
+
+
+class CalculatorForContinuousBatching(ContinuousBatchingLogitsProcessor):
+    """The same for `generate_batch`, where rows join and leave: the next forced token of each is worked out from its
+    request before the network runs, so that batch must not be prepared while the one before is still being computed."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012 (a field of the parent class)
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, calculator: CalculatorLogitsProcessor):
+        self.calculator = calculator
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.fill_(-1)
+
+    def prepare_tensor_args(self, requests_with_new_token: list) -> torch.Tensor:
+        """(requests,) int32: the token that each must go on with, -1 where the model is free to choose."""
+        states = [request.state for request in requests_with_new_token]
+        forced = [self.calculator.next_forced_token(state.initial_tokens + state.generated_tokens) for state in states]
+        return torch.tensor([-1 if token is None else token for token in forced], dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        forced = tensor_arg[: len(scores)].long().unsqueeze(1)  # (B, 1)
+        certain = torch.full_like(scores, -float("inf")).scatter_(1, forced.clamp(min=0), 0.0)
+        return torch.where(forced >= 0, certain, scores)
+
+
+CLASSIC_TO_CB_PROCESSORS_MAP[CalculatorLogitsProcessor] = CalculatorForContinuousBatching
+
+
+def has_calculator(processors: LogitsProcessorList) -> bool:
+    """By name: a checkpoint's own copy of this file and the installed one have different classes of that name."""
+    names = (parent.__name__ for processor in processors for parent in type(processor).__mro__)
+    return CalculatorLogitsProcessor.__name__ in names
+
+
+@lru_cache(maxsize=8)
+def tokenizer_of_checkpoint(name_or_path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or a repository, read once; `ValueError` if there is none."""
+    try:
+        if not name_or_path:
+            raise OSError("the network came from no folder")
+        return PreTrainedTokenizerFast.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"generation_config says use_calculator, which needs a tokenizer, but {name_or_path!r} has none "
+            f"({str(error).splitlines()[0]}); expected use_calculator=False, or "
+            "logits_processor=[model.calculator(tokenizer)]"
+        ) from error
 
 
 def forced_token_mask(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import NanoChatConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, token_bytes
+from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.conversion.upstream_tensors import (
     NATIVE_NAMES,
@@ -289,6 +290,8 @@ def write_folder(
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
     with torch.device("meta"):
         model = NanoChatGPTForCausalLM(config).to(dtype)
+    if tokenizer is not None:
+        model.generation_config = chat_generation_config(tokenizer, config.max_position_embeddings)
     model.save_pretrained(folder, state_dict=dict(weights))
     with_tokenizer = tokenizer is not None
     card = MODEL_CARD.format(

@@ -10,7 +10,6 @@ from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -19,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_nanochat  # registers the network with the Auto classes
 from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.recipes.stages.record import Stage
-from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
@@ -65,13 +64,15 @@ def say_once(sentence: str) -> None:
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
     """Write everything that loads and chats without this package; each file appears whole. Main process only."""
     model.config.use_cache = True  # the Trainer turns it off
-    model.generation_config = GenerationConfig(**generation_token_ids(tokenizer))
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config = chat_generation_config(tokenizer, model.config.max_position_embeddings)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     replace_files(output_dir, write)
+    model.config.name_or_path = output_dir  # where its calculator finds the tokenizer
 
 
 def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:

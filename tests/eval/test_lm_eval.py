@@ -9,6 +9,7 @@ from lm_eval.api.registry import get_model
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.lm_eval_model import NanoChatLM
+from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 
@@ -69,4 +70,14 @@ def test_generation_calls_the_calculator(harness):
     contexts = ["Sum: <|python_start|>12 + 30<|python_end|>", "<|python_start|>2 * 4<|python_end|>"]
     requests = [request("generate_until", text, {"until": ["\n\n"], "max_gen_toks": 5}) for text in contexts]
     texts = harness.generate_until(requests, disable_tqdm=True)
-    assert texts[0].startswith("42") and texts[1].startswith("8")
+    assert texts[0].startswith(" = 42") and texts[1].startswith(" = 8")
+
+
+def test_the_harness_s_own_class_calls_it_too(harness, tmp_path):
+    """`--model hf` on a saved folder: the checkpoint brings its decoding along."""
+    save_checkpoint(harness.model, harness.tokenizer, str(tmp_path / "checkpoint"))
+    own = get_model("hf")(pretrained=str(tmp_path / "checkpoint"), device="cpu")
+    asked = request(
+        "generate_until", "Sum: <|python_start|>12 + 30<|python_end|>", {"until": ["\n\n"], "max_gen_toks": 5}
+    )
+    assert own.generate_until([asked], disable_tqdm=True)[0].startswith(" = 42")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation
+from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +52,8 @@ def checkpoint(tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.05
-    model.generation_config.update(
-        eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id, do_sample=False, max_new_tokens=64
-    )
+    model.generation_config = chat_generation_config(tokenizer, config.max_position_embeddings)
+    model.generation_config.update(do_sample=False, temperature=None, top_k=None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -112,10 +112,10 @@ def test_an_answer_comes_through_the_calculator(checkpoint):
     model = str(checkpoint)
     with server(checkpoint) as address:
         answer = json.loads(ask(address, model=model)[0])["choices"][0]
-        assert (answer["message"]["content"], answer["finish_reason"]) == ("It is 42, I think.", "stop")
+        assert (answer["message"]["content"], answer["finish_reason"]) == ("It is 12+30 = 42, I think.", "stop")
         events = [line.removeprefix("data: ") for line in ask(address, model=model, stream=True) if line]
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events if event != "[DONE]"]
-        assert "".join(delta.get("content") or "" for delta in deltas) == "It is 42, I think."
+        assert "".join(delta.get("content") or "" for delta in deltas) == "It is 12+30 = 42, I think."
         chat = subprocess.run(  # `transformers chat`, without the look for a newer version that its main begins with
             [sys.executable, "-c", CHAT, "chat", model, address, "do_sample=False"],
             input=f"{QUESTION}\n!exit\n",
@@ -124,4 +124,4 @@ def test_an_answer_comes_through_the_calculator(checkpoint):
             text=True,
             timeout=300,
         )
-        assert "It is 42, I think." in chat.stdout, chat.stdout + chat.stderr
+        assert "It is 12+30 = 42, I think." in chat.stdout, chat.stdout + chat.stderr
