@@ -13,7 +13,7 @@ from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training.tokenizer import train_tokenizer
-from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer
+from modeling_nanochat.training.trainers.reinforce import EVALUATION_STREAM, ReinforceConfig, ReinforceTrainer
 from modeling_nanochat.training.trainers.rollouts import draw, sample_completions
 from tests.ranks import run_two_ranks
 
@@ -168,6 +168,17 @@ def test_tokens_are_drawn_in_proportion_to_their_probability():
     uniforms = torch.linspace(0, 1 - 2**-24, 20_000)
     shares = torch.bincount(draw(scores, uniforms), minlength=6) / 20_000
     torch.testing.assert_close(shares, scores[0].softmax(-1), atol=2e-4, rtol=0)
+
+
+def test_other_seeds_and_other_steps_give_other_samples_and_the_same_ones_the_same(tmp_path):
+    def samples(seed: int, step: int) -> list[list[int]]:
+        trainer.args.seed = seed
+        return trainer.sample([trainer.train_dataset[0]["prompt"]] * 4, step, 0, 4)[1]
+
+    trainer = make_trainer(tmp_path, max_completion_length=16)
+    drawn = [samples(seed, step) for seed in (0, 1, 2**32) for step in (0, 1, EVALUATION_STREAM)]
+    assert len(set(map(str, drawn))) == 9
+    assert samples(1, 1) == drawn[4]
 
 
 # ---------------------------------------------------------------- advantages, mask, loss

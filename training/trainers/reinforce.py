@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, SupportsFloat
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
@@ -184,8 +185,7 @@ class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
         They are the samples `start`, `start + 1`, ... of the `total` that the seed and the stream determine, whichever
         rank draws them.
         """
-        generator = torch.Generator().manual_seed(self.args.seed * 2**32 + stream)
-        uniforms = torch.rand(total, self.args.max_completion_length, generator=generator)
+        uniforms = draw_uniforms(self.args.seed, stream, total, self.args.max_completion_length)
         prompt_ids = [render_prompt(self.processing_class, prompt) for prompt in prompts]
         completion_ids = sample_completions(
             self.accelerator.unwrap_model(self.model),
@@ -265,3 +265,13 @@ class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
         )
         passed = [reward >= 1 for reward in self.checker(completions, [row["answer"] for row in rows])]
         return [sum(passed[start : start + samples]) for start in range(0, len(passed), samples)]
+
+
+def draw_uniforms(seed: int, stream: int, rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns) numbers in [0, 1), others for every seed and every stream.
+
+    Both are the key of a counter-based generator (Philox: Salmon et al. 2011): torch's own on a CPU keeps 32 bits of
+    its seed, too few for two numbers.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+    return torch.from_numpy(generator.random((rows, columns), dtype=np.float32))
