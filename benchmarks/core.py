@@ -5,7 +5,8 @@
 
 Upstream's procedure is the slow one: an example's choices as one padded batch, all logits. Both run every task in turn
 on the same shuffled examples; a task's ratio is of seconds for each example, and the total weighs the tasks by the
-number of examples that they have, as a whole run would.
+number of examples that they have, as a whole run would. On a CPU the seconds are those of this process, so that other
+work on the machine disturbs little.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.eval.core.bundle import CoreTask, Example, load_examples, read_tasks
 from modeling_nanochat.eval.core.scores import evaluate_task
 from modeling_nanochat.eval.span_scores import SpanScorer
@@ -119,15 +121,16 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argument
     print(f"shared beginnings: {scorer.shares_beginnings}, chosen states: {scorer.chooses_states}")
     print(f"{'task':34}{'examples':>9}{'slow ms':>9}{'fast ms':>9}{'ratio':>7}  decisions equal, largest difference")
     totals = [0.0, 0.0]
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     for task in read_tasks(arguments.bundle, arguments.tasks):
         whole = len(load_examples(task))
         count = min(whole, arguments.examples or whole)
         examples = load_examples(task, count)
-        start = time.perf_counter()
+        start = clock()
         slow = [slow_answer(model, tokenizer, task, examples, index) for index in range(count)]
-        middle = time.perf_counter()
+        middle = clock()
         fast = evaluate_task(scorer, tokenizer, task, max_examples=count, quiet=True).answers
-        seconds = (middle - start, time.perf_counter() - middle)
+        seconds = (middle - start, clock() - middle)
         totals = [total + part / count * whole for total, part in zip(totals, seconds)]
         equal = sum(answer.correct == correct for answer, (_, correct) in zip(fast, slow))
         error = max(abs(a - b) for answer, (scores, _) in zip(fast, slow) for a, b in zip(answer.scores, scores))
@@ -155,8 +158,10 @@ def main() -> None:
             tokenizer = train_tokenizer([WORDS] * 100, 320)
             config = NanoChatGPTConfig.from_depth(4, vocab_size=8192, max_position_embeddings=2048)
             model = NanoChatGPTForCausalLM(config)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        compare(model.to(device).eval(), tokenizer, arguments)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if isinstance(model, NanoChatGPTForCausalLM):
+            print(choose_attention(model))
+        compare(model, tokenizer, arguments)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def cell(figures: Mapping[str, Any], name: str) -> str:
     return figure_text(figures[name]) if name in figures else "-"
 
 
-def figure_text(value: Any, number: Callable[[Any], str] = "{:.3f}".format) -> str:
+def plain_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def figure_text(value: Any, number: Callable[[Any], str] = plain_number) -> str:
     """A figure as one reads it: an interval behind its mean, text and truth as they are, the rest by `number`."""
     if is_interval(value):
         value = value if isinstance(value, Interval) else Interval(**value)

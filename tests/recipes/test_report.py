@@ -1,24 +1,12 @@
 """Evaluation of several models into a table, and the report of a run with its pictures."""
 
-import itertools
-import json
-import sys
-
 import pytest
-import torch
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.intervals import Interval
-from modeling_nanochat.eval.tasks import arithmetic
-from modeling_nanochat.recipes import evaluate
-from modeling_nanochat.recipes.evaluate import column_names
 from modeling_nanochat.recipes.report import ReportArguments, number, readable, write_report
 from modeling_nanochat.recipes.stages.curves import PANELS, draw_curves, points, running_mean
-from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.recipes.stages.record import describe_machine, read_stage
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, text_table
-from modeling_nanochat.tokenization_nanochat_gpt import message_text
-from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.whole_files import write_json
 
 
@@ -114,85 +102,3 @@ def test_tables_show_intervals_and_gaps():
     assert cell(columns["a"], "x") == "0.500 [0.400, 0.600]" and cell(columns["a"], "y") == "-"
     lines = text_table(columns).split("\n")
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
-    assert column_names(["out/a", "out/b"]) == ["a", "b"] and column_names(["x/a", "y/a"]) == ["x/a", "y/a"]
-
-
-# ---------------------------------------------------------------- modeling_nanochat.recipes.evaluate
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """Data and two models as the stages before would leave them, tiny."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = tmp_path_factory.mktemp("run")
-    problems = list(itertools.islice(arithmetic.generate(0), 600))
-    texts = [" ".join(message_text(message["content"]) for message in row["messages"]) for row in problems]
-    (folder / "data" / "pretrain").mkdir(parents=True)
-    for shard in range(2):
-        table = pa.table({"text": texts[shard::2]})
-        pq.write_table(table, folder / "data" / "pretrain" / f"shard_{shard:05d}.parquet")
-    questions = [
-        {"question": f"{a} + 1?", "choices": ["more", "less"], "answer": a % 2, "source": "sums"} for a in range(9)
-    ]
-    program = {
-        "prompt": "def one():\n", "entry_point": "one", "canonical_solution": "    return 1\n",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }  # fmt: skip
-    for name, rows in (
-        ("rl/validation", problems[:6]),
-        ("eval/multiple_choice", questions),
-        ("eval/humaneval", [program]),
-    ):
-        file = folder / "data" / f"{name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = train_tokenizer(texts, 512)
-    config = NanoChatGPTConfig.from_depth(1, vocab_size=512, head_dim=64, max_position_embeddings=64)
-    for seed, name in enumerate(("base", "sft")):
-        torch.manual_seed(seed)
-        save_checkpoint(NanoChatGPTForCausalLM(config), tokenizer, str(folder / name))
-    return folder
-
-
-def run_evaluate(monkeypatch, prepared, *arguments: str) -> None:
-    command = ["evaluate", "--data", str(prepared / "data"), "--output_dir", str(prepared / "eval"), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    evaluate.main()
-
-
-def test_models_are_measured_side_by_side_and_only_once(monkeypatch, capsys, prepared):
-    arguments = [
-        "--models", str(prepared / "base"), str(prepared / "sft"), "--tasks", "bits_per_byte", "multiple_choice",
-        "problems", "spelling", "human_eval", "--num_samples", "2", "--max_new_tokens", "8", "--max_problems", "4",
-        "--allow_weak_sandbox", "true",
-    ]  # fmt: skip
-    run_evaluate(monkeypatch, prepared, *arguments)
-    out = capsys.readouterr().out
-    stage = read_stage(prepared / "eval")
-    assert set(stage["results"]) == {"base", "sft"}
-    for figures in stage["results"].values():
-        names = {"bits_per_byte", "sums", "pass@1", "spelling", "human_eval pass@1", "chat_core"}
-        assert names <= set(figures) and 2.0 < figures["bits_per_byte"] < 9.0
-        assert figures["sums"]["low"] <= figures["sums"]["mean"] <= figures["sums"]["high"]
-        assert figures["chat_core_of"] == "human_eval + problems + spelling + sums"
-        assert "calls" in figures["human_eval_isolation"]
-    assert "bits_per_byte" in out and "chat_core" in out and "human_eval_isolation" in out
-    assert {sample["task"] for sample in stage["samples"]} == {"problems", "spelling", "human_eval"}
-    run_evaluate(monkeypatch, prepared, *arguments)
-    assert "already done" in capsys.readouterr().out
-    text = write_report(ReportArguments(run=str(prepared))).read_text()
-    assert "| bits per byte |" in text
-
-
-def test_wrong_tasks_models_and_data_are_named(monkeypatch, prepared):
-    with pytest.raises(ValueError, match="tasks among"):
-        run_evaluate(monkeypatch, prepared, "--tasks", "nonsense")
-    with pytest.raises(ValueError, match="no checkpoint"):
-        run_evaluate(monkeypatch, prepared, "--models", str(prepared / "nothing"), "--rerun", "true")
-    with pytest.raises(ValueError, match="does not exist"):
-        run_evaluate(
-            monkeypatch, prepared, "--models", str(prepared / "base"), "--data", str(prepared / "none"),
-            "--tasks", "problems", "--rerun", "true",
-        )  # fmt: skip
