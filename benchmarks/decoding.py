@@ -3,14 +3,16 @@
     python -m benchmarks.decoding [--depth 4 --new_tokens 128 --rounds 3]
 
 The plain loop is what one would write by hand for this network alone: keys and values in tensors made once, no library
-around it. `generate` runs as it comes, and with a static cache and a compiled step, which its first call pays for. All
-decode the same weights from the same prompt and must give the same tokens; they take turns, medians and ratios count.
+around it. `generate` runs as it comes; with the library's two caches in place of the one that grows in place, which
+has to earn its lines here; and with a static cache and a compiled step, which its first call pays for. All decode the
+same weights from the same prompt and must give the same tokens; they take turns, medians and ratios count.
 """
 
 import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from transformers import CompileConfig
 from trl import TrlParser
 
 from benchmarks.plain_nanochat import PlainNanoChat, rms, rotate
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, modeling_nanochat_gpt
 
 HEAD_DIM = 64
 COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default", fullgraph=True)}
@@ -127,6 +129,10 @@ def main() -> None:
         decoders = {
             "plain": partial(plain_tokens, plain, prompt, arguments.new_tokens),
             "generate": partial(our_tokens, model, prompt, **options),
+            "dynamic cache": partial(tokens_by_dynamic_cache, model, prompt, **options),
+            "static cache": partial(
+                our_tokens, model, prompt, cache_implementation="static", disable_compile=True, **options
+            ),
             "generate, compiled": partial(our_tokens, model, prompt, **options, **COMPILED),
         }
         seconds: dict[str, list[float]] = {name: [] for name in decoders}
@@ -136,9 +142,10 @@ def main() -> None:
                 start = time.perf_counter()
                 tokens.append(decode())
                 seconds[name].append(time.perf_counter() - start)
-            expected, eager, compiled = tokens
+            expected, *eager, compiled = tokens
             # Fused kernels round otherwise, which turns a close decision now and then, and all that follows it.
-            if not torch.equal(eager, expected) or (compiled == expected).all(dim=1).sum() < rows / 2:
+            same = all(torch.equal(each, expected) for each in eager)
+            if not same or (compiled == expected).all(dim=1).sum() < rows / 2:
                 raise SystemExit("the decoders disagree: the comparison would mean nothing")
         rates = {name: rows * arguments.new_tokens / statistics.median(times[1:]) for name, times in seconds.items()}
         for name, rate in rates.items():
@@ -152,6 +159,12 @@ def plain_tokens(plain: PlainNanoChat, prompt: Tensor, new_tokens: int) -> Tenso
 def our_tokens(model: NanoChatGPTForCausalLM, prompt: Tensor, **options) -> Tensor:
     """(rows, new tokens)"""
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, PROMPT_TOKENS:]
+
+
+def tokens_by_dynamic_cache(model: NanoChatGPTForCausalLM, prompt: Tensor, **options) -> Tensor:
+    """Without the caches that grow in place."""
+    with mock.patch.object(modeling_nanochat_gpt, "grow_in_place", lambda cache: None):
+        return our_tokens(model, prompt, **options)
 
 
 if __name__ == "__main__":
