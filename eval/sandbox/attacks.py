@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RIGHT = ("def add(a, b):\n    return a + b\n", "add", "def check(candidate):\n    assert candidate(2, 3) == 5\n")
+# a module that is not loaded beforehand
+RIGHT_WITH_LIBRARY = (f"import colorsys\n\n\n{RIGHT[0]}", *RIGHT[1:])
 WITHSTOOD = """def check(candidate):
     try:
         result = candidate({arguments})

@@ -115,9 +115,9 @@ class Sandbox:
 
     @property
     def isolation(self) -> str:
-        """What is in force, and what is not and why, in a line."""
+        """What is in force, and what is not, in a line."""
         held = ", ".join(part for part in PARTS if part not in self.missing)
-        return f"{held}; without {describe(self.missing)}" if self.missing else held
+        return f"{held}; without {', '.join(self.missing)}" if self.missing else held
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
         """Verdicts in the order of the cases.
@@ -145,6 +145,12 @@ class Sandbox:
         self.missing = first.missing
         if not first.passed:
             raise ValueError(f"the sandbox is broken: a right solution fails ({first.reason})")
+        library = self._judge_one(Case(*attacks.RIGHT_WITH_LIBRARY))
+        if not library.passed and "files" not in self.missing:
+            raise ValueError(
+                f"on the inside the standard library cannot be read ({library.reason}); let every user read "
+                f"{os.path.dirname(os.__file__)} (chmod -R o+rX)"
+            )
         with attacks.targets() as places:
             tried = attacks.all_attacks(places)
             verdicts = self.judge([Case(attack.program, "attack", attack.tests) for attack in tried])

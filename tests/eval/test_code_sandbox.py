@@ -137,6 +137,21 @@ def test_the_attacks_would_work_outside():
         assert stat.S_IMODE(os.stat(places.file).st_mode) == 0o777
 
 
+def test_every_system_call_that_is_not_listed_is_refused(sandbox):
+    column, _ = seccomp.MACHINES[os.uname().machine]
+    files = {} if "files" in sandbox.missing else seccomp.FILE_CALLS
+    listed = {numbers[column] for numbers in [*seccomp.CALLS.values(), *files.values()]} - {None}
+    probes = {335, 336} if os.uname().machine == "x86_64" else set()  # uretprobe and uprobe: the kernel kills for them
+    others = [number for number in [*range(600), 1 << 30, (1 << 30) + 57] if number not in listed | probes]
+    body = f"""import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {others}:
+    ctypes.set_errno(0)
+    assert libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == errno.EPERM, number
+return True"""
+    assert true(sandbox, body).passed
+
+
 def test_nothing_is_left_for_the_next_candidate(sandbox):
     body = """import builtins, math
 found = hasattr(builtins, "left") or hasattr(math, "left") or "left" in os.environ
@@ -226,6 +241,14 @@ def test_another_system_is_refused_in_one_line(monkeypatch):
 def test_an_attack_that_works_is_refused_whatever_is_allowed(monkeypatch):
     monkeypatch.setitem(attacks.WANTED, "add numbers", "return 1 + 1 == 2")
     with pytest.raises(ValueError, match="does not hold: add numbers"):
+        Sandbox(LIMITS, workers=1, allow_weak=True)
+
+
+def test_a_library_that_others_cannot_read_is_named(monkeypatch, sandbox):
+    if "files" in sandbox.missing:
+        pytest.skip("this system gives no private file system")
+    monkeypatch.setattr(attacks, "RIGHT_WITH_LIBRARY", ("import not_readable\n", *attacks.RIGHT[1:]))
+    with pytest.raises(ValueError, match=r"library cannot be read .*not_readable.*chmod"):
         Sandbox(LIMITS, workers=1, allow_weak=True)
 
 
