@@ -106,7 +106,7 @@ def sha256(file: Path) -> str:
 
 
 def sampled_hash(file: Path, whole_below: int = 1 << 24) -> str:
-    """Size and hash of a file: of all of it if it is small, else of 17 pieces of a megabyte spread over it. Tells a
+    """Size and hash of a file: of all of it if it is small, else of 17 pieces of 64 KB spread over it. Tells a
     replaced, shortened or lengthened file; a single byte changed in a large one may go unnoticed."""
     size = file.stat().st_size
     if size < whole_below:
@@ -114,8 +114,8 @@ def sampled_hash(file: Path, whole_below: int = 1 << 24) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         for piece in range(17):
-            opened.seek(piece * (size - (1 << 20)) // 16)
-            digest.update(opened.read(1 << 20))
+            opened.seek(piece * (size - (1 << 16)) // 16)
+            digest.update(opened.read(1 << 16))
     return f"{size}:{digest.hexdigest()}"
 
 

@@ -6,7 +6,8 @@ holds out every 100th document instead. `stream_documents` deals the units to th
 every document with the position after it, so a run goes on at the very next document.
 
 Footers and columns of local files are checked when a source is opened: a truncated download is an error at the start,
-not hours later. The price is a second or so for thousands of files.
+not hours later. A source knows its files by size and contents, so that a run is not resumed, unnoticed, on other ones.
+The price is a second or so for thousands of files.
 """
 
 import glob
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from modeling_nanochat.training.data.shard_files import LOCAL_FORMATS, find_files, first_fault, format_of, known_files
+
 HOLD_OUT = 100  # of a source with a single shard, every 100th document is validation
 UNIT_STEP = 61  # documents of unit u are numbered from 61 u: no common factor with 100, so small units hold out fairly
-LOCAL_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 SPLITS = ("train", "validation")
 
 
@@ -39,6 +41,7 @@ class DocumentSource(Protocol):
     """Units of documents. `single_shard` says that both splits share the units and validation is held out of them."""
 
     single_shard: bool
+    identity: dict[str, str]  # what the documents are, to be compared when a run is resumed
 
     def units(self, split: str) -> Sequence[Any]:
         """The units of `train` or `validation`, in order."""
@@ -61,6 +64,7 @@ class ParquetDocuments:
     def __init__(self, files: Sequence[Path], text_column: str = "text"):
         self.text_column = text_column
         self.single_shard = len(files) == 1
+        self.identity = known_files(files)
         shards = [[(file, group) for group in range(self._check(file))] for file in files]
         training = shards if self.single_shard else shards[:-1]
         self._units = {"train": list(itertools.chain.from_iterable(training)), "validation": shards[-1]}
@@ -70,6 +74,10 @@ class ParquetDocuments:
         try:
             with pq.ParquetFile(file) as parquet:
                 schema, groups = parquet.schema_arrow, parquet.num_row_groups
+        except PermissionError as error:
+            raise ValueError(
+                f"{file} may not be read by this user ({error.strerror}); expected read permission"
+            ) from error
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file} is not a complete parquet file ({error}); remove it and download or prepare it again"
@@ -93,7 +101,13 @@ class ParquetDocuments:
             raise ValueError(
                 f"row group {group} of {file} is damaged ({error}); download or prepare it again"
             ) from error
-        return (column[index].as_py() for index in range(start, len(column)))
+        for index in range(start, len(column)):
+            try:
+                yield column[index].as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"row {index} of row group {group} of {file} is not UTF-8 ({error.reason}); expected text"
+                ) from error
 
 
 class StreamedDocuments:
@@ -103,15 +117,20 @@ class StreamedDocuments:
         dataset: a `datasets.IterableDataset`.
         text_column: the column that holds a document in each row.
         name: what to call it in errors.
+        files: the local files it comes from, if it does.
+
+    Raises:
+        ValueError: there is no row, no such column, or the rows cannot be read.
     """
 
-    def __init__(self, dataset: Any, text_column: str = "text", name: str = "the data set"):
-        self.dataset, self.text_column, self.name = dataset, text_column, name
+    def __init__(self, dataset: Any, text_column: str = "text", name: str = "the data set", files: Sequence[Path] = ()):
+        self.dataset, self.text_column, self.name, self.files = dataset, text_column, name, files
         self.single_shard = dataset.num_shards == 1
-        first = next(iter(dataset), None)
+        self.identity = known_files(files) if files else {name: f"{dataset.num_shards} shards"}
+        first = next(self._rows(dataset), None)
         if first is None:
             raise ValueError(f"{name} is empty")
-        if not isinstance(first.get(text_column, ""), str) or text_column not in first:
+        if text_column not in first:
             raise ValueError(f"{name} has no text column {text_column!r}, only {list(first)}; set text_column")
 
     def units(self, split: str) -> Sequence[int]:
@@ -122,7 +141,21 @@ class StreamedDocuments:
 
     def read(self, unit: int, start: int) -> Iterator[str | None]:
         shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=unit)
-        return (row[self.text_column] for row in shard.skip(start))
+        for number, row in enumerate(self._rows(shard.skip(start)), start=start):
+            text = row[self.text_column]
+            if not (text is None or isinstance(text, str)):
+                raise ValueError(
+                    f"row {number} of shard {unit} of {self.name} holds {text!r:.80} in column {self.text_column!r}, "
+                    "expected text"
+                )
+            yield text
+
+    def _rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from dataset
+        except Exception as error:  # whatever a builder raises; its own words rarely say where
+            reason = next(filter(None, map(first_fault, self.files)), f"{self.name}: {error}")
+            raise ValueError(f"documents cannot be read: {reason}") from error
 
 
 def open_documents(name: str | Sequence[str], text_column: str = "text") -> DocumentSource:
@@ -139,31 +172,22 @@ def open_documents(name: str | Sequence[str], text_column: str = "text") -> Docu
     names = [name] if isinstance(name, str) else list(name)
     files = find_files(names)
     if files:
-        formats = {LOCAL_FORMATS[file.suffix] for file in files}
+        formats = {format_of(file) for file in files}
         if formats == {"parquet"}:
             return ParquetDocuments(files, text_column)
         if len(formats) > 1:
             raise ValueError(f"{names} mixes files of several formats, {sorted(formats)}; name those of one")
-        return StreamedDocuments(load_streaming(formats.pop(), files=files), text_column, str(names))
+        return StreamedDocuments(load_streaming(formats.pop(), files=files), text_column, ", ".join(names), files)
     if len(names) == 1 and not is_local_path(names[0]):
         return StreamedDocuments(load_streaming(names[0]), text_column, names[0])
     raise ValueError(f"no files with an ending of {list(LOCAL_FORMATS)} in {names}")
-
-
-def find_files(names: Sequence[str]) -> list[Path]:
-    """Files of a known format named by paths, folders and globs, sorted within each; empty if there are none."""
-    found: list[Path] = []
-    for name in names:
-        paths = sorted(Path(name).iterdir()) if Path(name).is_dir() else sorted(map(Path, glob.glob(name)))
-        found += [path for path in paths if path.suffix in LOCAL_FORMATS and path.is_file()]
-    return found
 
 
 def is_local_path(name: str) -> bool:
     """Whether a name can only be meant as a path: a Hub name is `owner/name`, without wildcards or file endings."""
     return (
         Path(name).exists()
-        or Path(name).suffix in LOCAL_FORMATS
+        or format_of(Path(name)) is not None
         or name.startswith((".", "/", "~"))
         or name.count("/") > 1
         or glob.has_magic(name)
@@ -179,6 +203,9 @@ def load_streaming(name: str, files: Sequence[Path] | None = None, split: str = 
     try:
         return load_dataset(path, subset or None, data_files=data_files, split=split, streaming=True)
     except Exception as error:  # whatever the network, the Hub or a builder raises
+        if files:
+            fault = next(filter(None, map(first_fault, files)), f"{type(error).__name__} {error}".strip())
+            raise ValueError(f"{', '.join(map(str, files))} cannot be read: {fault}") from error
         raise ValueError(f"{name} is neither a local path nor a data set that could be opened: {error}") from error
 
 

@@ -13,7 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_nanochat.training.data.documents import DocumentSource, Position, stream_documents
 from modeling_nanochat.training.data.packing import BUFFER_SIZE, BestFitPacker, PackingStats
+from modeling_nanochat.training.data.shard_files import changed_documents
 from modeling_nanochat.training.tokenizer import BulkEncoder
+
+# Of a document, what is encoded. No row of any length in use takes more of one: what does not fit is cropped anyway,
+# and ten megabytes without an end would hold the loader up for half a minute.
+MOST_CHARACTERS = 1_000_000
 
 
 class PackedRows:
@@ -58,7 +63,7 @@ class PackedRows:
         )
         for text, position in documents:
             self.position = position
-            yield self.encode(text)
+            yield self.encode(text[:MOST_CHARACTERS])
 
     @property
     def stats(self) -> PackingStats:
@@ -67,10 +72,23 @@ class PackedRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands between two rows: plain numbers and tensors."""
-        return {"position": list(self.position), "packer": self.packer.state_dict()}
+        return {
+            "documents": dict(self.source.identity),
+            "position": list(self.position),
+            "packer": self.packer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the row after the one at which `state` was taken."""
+        """Go on with the row after the one at which `state` was taken.
+
+        Raises:
+            ValueError: the documents are not those that were read then.
+        """
+        if changes := changed_documents(state["documents"], self.source.identity):
+            raise ValueError(
+                f"the documents are not those that the run began with ({changes}), so its position in them means "
+                "nothing; expected the same files, or --rerun true"
+            )
         self.position = Position(*state["position"])
         self.packer.load_state_dict(state["packer"])
         self.rows = self.packer.pack(self._documents())
