@@ -71,7 +71,7 @@ def test_a_run_does_not_go_on_in_other_documents(tmp_path, change):
     def write(number: int, texts: list[str]) -> None:
         pq.write_table(pa.table({"text": texts}), tmp_path / f"shard_{number}.parquet")
 
-    texts = [[f"the king of castle {number} sees {word * 7919 % 1000} silver rivers" for word in range(40)] for number in range(3)]
+    texts = [[f"the king of {number} sees {n * 7919 % 1000} silver rivers" for n in range(40)] for number in range(3)]
     for number, documents in enumerate(texts):
         write(number, documents)
     tokenizer = train_tokenizer([text for documents in texts for text in documents], 320)
