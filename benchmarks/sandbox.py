@@ -27,18 +27,6 @@ FORMS: dict[str, Form] = {
     "whole function": lambda row, body: row["prompt"] + body,
     "fenced, with talk": lambda row, body: TALK.format(code=row["prompt"] + body),
 }
-BROKEN: dict[str, Callable[[dict[str, Any]], str]] = {
-    "does nothing": lambda row: "    pass\n",
-    "leaves early": lambda row: "    import os\n    os._exit(0)\n",
-    "equals everything": lambda row: (
-        "    class Equal(int):\n"
-        "        __eq__ = __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __bool__ = lambda *_: True\n"
-        "        __hash__ = int.__hash__\n"
-        "    return Equal()\n"
-    ),
-    "other results": lambda row: other_results(row),
-    ENDLESS: lambda row: "    while True:\n        pass\n",
-}
 
 
 def other_results(row: dict[str, Any]) -> str:
@@ -48,6 +36,20 @@ def other_results(row: dict[str, Any]) -> str:
     body = re.sub(rf"\b{name}\b", "right", row["canonical_solution"])
     wrong = f"\n\ndef {name}(*given, **named):\n    result = right(*given, **named)\n    return [result, result]\n"
     return solution + body + wrong
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "does nothing": lambda row: "    pass\n",
+    "leaves early": lambda row: "    import os\n    os._exit(0)\n",
+    "equals everything": lambda row: (
+        "    class Equal(int):\n"
+        "        __eq__ = __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __bool__ = lambda *_: True\n"
+        "        __hash__ = int.__hash__\n"
+        "    return Equal()\n"
+    ),
+    "other results": other_results,
+    ENDLESS: lambda row: "    while True:\n        pass\n",
+}
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -67,7 +69,11 @@ def report(name: str, sandbox: Sandbox, answers: list[tuple[dict[str, Any], str]
 
 
 def main() -> None:
-    rows = read_rows()
+    try:
+        rows = read_rows()
+    except ValueError as error:
+        print(f"not measured, as HumanEval is not here: {error}")
+        return
     start = time.perf_counter()
     with Sandbox(Limits(seconds=10)) as sandbox:
         print(f"start and self-test {time.perf_counter() - start:.2f} s; isolation: {sandbox.isolation}")
