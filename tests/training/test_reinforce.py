@@ -11,10 +11,11 @@ from trl import GRPOTrainer
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation, render_prompt
 from modeling_nanochat.eval.tasks import arithmetic
+from modeling_nanochat.running_rows import draw
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.reinforce import EVALUATION_STREAM, ReinforceConfig, ReinforceTrainer
-from modeling_nanochat.training.trainers.rollouts import draw, sample_completions
+from modeling_nanochat.training.trainers.rollouts import sample_completions
 from tests.ranks import run_two_ranks
 
 

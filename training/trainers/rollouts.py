@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from modeling_nanochat.inference import eval_mode, pad_left
+from modeling_nanochat.inference import eval_mode
+from modeling_nanochat.running_rows import RunningRows, draw
 
 # Rows leave the batch when at least this share of it has finished: moving the cache costs about as much as a step.
 FINISHED_SHARE = 1 / 8
@@ -56,26 +57,22 @@ def sample_completions(
     position = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
     origin = torch.tensor([position[tuple(prompt)] for prompt in prompts], device=model.device)  # (N,)
     with eval_mode(model):
-        tokens, mask = pad_left(list(position), pad_token_id, model.device)  # (distinct prompts, P)
-        output = model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        output.past_key_values.reorder_cache(origin)
+        running, scores = RunningRows.read(model, list(position), pad_token_id)
+        running.select(origin)
         stop_tokens = torch.tensor(sorted(stop_token_ids), device=model.device)
-        return _decode(
-            model, tokens[origin], mask[origin], output.past_key_values, output.logits[origin, -1],
-            uniforms.to(model.device), stop_tokens, logits_processor,
-        )  # fmt: skip
+        return _decode(running, scores[origin], uniforms.to(model.device), stop_tokens, logits_processor)
 
 
-def _decode(model, tokens, mask, cache, scores, uniforms, stop_tokens, logits_processor) -> list[list[int]]:
-    """From N rows that have been read, (N, P) tokens and mask and (N, V) scores, to their completions."""
-    (num_rows, max_new_tokens), device = uniforms.shape, tokens.device
+def _decode(running: RunningRows, scores, uniforms, stop_tokens, logits_processor) -> list[list[int]]:
+    """From N rows that have been read, and the (N, V) scores of what follows, to their completions."""
+    (num_rows, max_new_tokens), device = uniforms.shape, uniforms.device
     completions = torch.zeros((num_rows, max_new_tokens), dtype=torch.long, device=device)
     lengths = torch.full((num_rows,), max_new_tokens, device=device)
     rows = torch.arange(num_rows, device=device)  # the completion that each row of the batch writes
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         if logits_processor is not None:
-            scores = logits_processor(tokens, scores)
+            scores = logits_processor(running.tokens, scores)
         drawn = draw(scores, uniforms[rows, step])  # (rows,)
         completions[rows, step] = drawn
         stopped = torch.isin(drawn, stop_tokens) & ~finished
@@ -84,21 +81,9 @@ def _decode(model, tokens, mask, cache, scores, uniforms, stop_tokens, logits_pr
         num_finished = int(finished.sum())
         if step + 1 == max_new_tokens or num_finished == len(rows):
             break
-        tokens = torch.cat([tokens, drawn[:, None]], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if num_finished >= FINISHED_SHARE * len(rows):
             kept = (~finished).nonzero().squeeze(1)
-            cache.reorder_cache(kept)
-            rows, tokens, mask, finished = rows[kept], tokens[kept], mask[kept], finished[kept]
-        output = model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
-        scores = output.logits[:, -1]
+            running.select(kept)
+            rows, drawn, finished = rows[kept], drawn[kept], finished[kept]
+        scores = running.append(drawn)
     return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
-
-
-def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """One token for each row of (B, V) scores: the first whose cumulated probability exceeds its number. (B,) int64"""
-    cumulated = scores.float().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-    total = cumulated[:, -1:]
-    # Rounding may leave the total a little beside 1: the threshold stays below it, so a token is always found.
-    threshold = torch.minimum(uniforms[:, None].float() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
