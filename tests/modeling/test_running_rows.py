@@ -16,9 +16,9 @@ def make_prompt(length: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("era", ["seed", "head"])
 @torch.no_grad()
 def test_rows_of_a_changing_batch_decode_as_if_alone(era):
-    """Thirty rows come and go by chance: into free slots, behind the others, wider and narrower than the window."""
+    """Fourteen rows come and go by chance: into free slots, behind the others, wider and narrower than the window."""
     model, chance = sharp_model(era), random.Random(1)
-    waiting = [make_prompt(chance.choice([1, 2, 5, 8, 9, 10, 24]), seed) for seed in range(30)]
+    waiting = [make_prompt(chance.choice([1, 2, 5, 8, 9, 10, 24]), seed) for seed in range(14)]
     rows, scores = RunningRows.read(model, waiting[:2], 0)
     owners: list[tuple[list[int], list[int]] | None] = [(prompt, []) for prompt in waiting[:2]]  # of each slot
     finished, shapes, waiting = [], set(), waiting[2:]
@@ -51,6 +51,6 @@ def test_rows_of_a_changing_batch_decode_as_if_alone(era):
         if any(owners):
             assert rows.tokens.shape[1] == max(rows.lengths) == rows.mask.sum(1).max()  # never wider than it must
         shapes.add(tuple(rows.tokens.shape))
-    assert len(finished) == 30 and len(shapes) > 20 and sum(len(new) for _, new in finished) > 200
+    assert len(finished) == 14 and len(shapes) > 15 and sum(len(new) for _, new in finished) > 80
     for prompt, new in finished:
         assert new == recompute(model, torch.tensor([prompt]), len(new))[0].tolist()

@@ -146,7 +146,7 @@ def test_samples_equal_those_drawn_one_row_at_a_time_without_a_cache(tokenizer, 
         slow = [slow_sample(model, prompt, row, stop, processor) for prompt, row in zip(prompts, uniforms)]
     assert batched == slow
     assert len(set(map(len, batched))) > 3  # rows left the batch at different times
-    answer = tokenizer.decode([processor.calculator.output_start])
+    answer = "<|output_start|>"  # decoded alone it would read " = "
     assert sum(answer in tokenizer.decode(ids) for ids in batched) >= 3
     assert all("12+30<|python_end|><|output_start|>42<|output_end|>" in text
                for text in map(tokenizer.decode, batched) if answer in text and "output_end" in text)  # fmt: skip
