@@ -97,9 +97,8 @@ def test_padded_rows_hold_every_conversation_whole():
     for number in range(200):
         length = rng.randint(2, 30)
         ids = [1000 + number] * length  # a conversation is told by its number
-        sequences.append((ids, [rng.randint(0, 1) for _ in range(length)]))
-    packed, stats = pack_with_padding(sequences, 32, pad_token_id=7, buffer_size=50)
-    rows, labels = packed["input_ids"], packed["labels"]
+        sequences.append((ids, [rng.randint(0, 1) for _ in range(length - 1)] + [1]))
+    rows, labels, stats = pack(sequences, 32, pad_token_id=7, buffer_size=50)
     assert rows.shape == labels.shape == (stats.rows, 32)
     for number, (ids, mask) in enumerate(sequences):
         place = rows == 1000 + number
@@ -107,26 +106,42 @@ def test_padded_rows_hold_every_conversation_whole():
         assert labels[place].tolist() == [token if trained else -100 for token, trained in zip(ids, mask)]
     assert (labels[rows == 7] == -100).all()
     assert stats.sequences == 200 and stats.trimmed_sequences == 0
-    assert stats.padding_tokens == (rows == 7).sum()
+    assert stats.padding_tokens == (rows == 7).sum() and stats.trained_tokens == (labels != -100).sum()
     assert stats.utilisation == stats.tokens / rows.size > 0.95
+
+
+def pack(sequences, row_length, **options):
+    """Rows and labels as arrays, and the counts."""
+    stats = PackingStats()
+    made = list(pack_with_padding(sequences, row_length, stats=stats, **options))
+    rows = np.array([row for row, _ in made]).reshape(-1, row_length)
+    return rows, np.array([labels for _, labels in made]).reshape(-1, row_length), stats
 
 
 def test_padded_rows_are_filled_by_best_fit():
     sequences = [([length] * length, [1] * length) for length in (3, 6, 4, 5)]
-    packed, _ = pack_with_padding(sequences, 10, pad_token_id=0)
-    assert packed["input_ids"].tolist() == [[6] * 6 + [4] * 4, [5] * 5 + [3] * 3 + [0] * 2]
+    rows, _, _ = pack(sequences, 10, pad_token_id=0)
+    assert rows.tolist() == [[6] * 6 + [4] * 4, [5] * 5 + [3] * 3 + [0] * 2]
 
 
 def test_a_conversation_longer_than_a_row_is_trimmed_and_counted():
-    packed, stats = pack_with_padding([(list(range(1, 26)), [0] * 5 + [1] * 20), ([50], [1])], 10, pad_token_id=0)
-    assert packed["input_ids"].tolist() == [list(range(1, 11)), [50] + [0] * 9]
-    assert packed["labels"][0].tolist() == [-100] * 5 + [6, 7, 8, 9, 10]
+    rows, labels, stats = pack([(list(range(1, 26)), [0] * 5 + [1] * 20), ([50, 51], [0, 1])], 10, pad_token_id=0)
+    assert rows.tolist() == [list(range(1, 11)), [50, 51] + [0] * 8]
+    assert labels[0].tolist() == [-100] * 5 + [6, 7, 8, 9, 10]
     assert (stats.trimmed_sequences, stats.cropped_tokens, stats.sequences) == (1, 15, 2)
     with pytest.raises(ValueError, match="equal length"):
-        pack_with_padding([([1, 2], [1])], 10, pad_token_id=0)
+        pack([([1, 2], [1])], 10, pad_token_id=0)
+
+
+def test_a_conversation_that_trains_nothing_within_a_row_is_left_out_and_counted():
+    sequences = [([1] * 12, [0] * 10 + [1] * 2), ([2, 2], [0, 1]), ([3, 3], [1, 0]), ([], [])]
+    rows, labels, stats = pack(sequences, 10, pad_token_id=0)
+    assert rows.tolist() == [[2, 2] + [0] * 8] and (stats.untrained_sequences, stats.sequences) == (3, 1)
+    assert (labels != -100).sum() == stats.trained_tokens == 1
+    assert stats.trimmed_sequences == stats.cropped_tokens == 0
 
 
 def test_stats_of_nothing():
-    packed, stats = pack_with_padding([], 10, pad_token_id=0)
-    assert packed["input_ids"].shape == (0, 10) and stats == PackingStats()
+    rows, _, stats = pack([], 10, pad_token_id=0)
+    assert rows.shape == (0, 10) and stats == PackingStats()
     assert stats.utilisation == stats.cropped_share == 0.0

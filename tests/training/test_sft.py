@@ -1,18 +1,20 @@
 """Fine-tuning: what is trained on, exact batches, the loss, and runs that do not depend on batch or ranks."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation
-from modeling_nanochat.recipes.sft import read_conversations
+from modeling_nanochat.training.data.conversations import ConversationFile, write_rows
 from modeling_nanochat.training.tokenizer import train_tokenizer
-from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer
+from modeling_nanochat.training.trainers.pretrain import Evaluation
+from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer, WholeBatches
 from tests.ranks import run_two_ranks
 
 LENGTH = 64
@@ -53,7 +55,9 @@ def make_model() -> NanoChatGPTForCausalLM:
     return model
 
 
-def make_trainer(folder: Path, count: int = 64, **overrides) -> NanoChatSFTTrainer:
+def make_trainer(
+    folder: Path, count: int = 64, train=None, validation=None, evaluations=(), **overrides
+) -> NanoChatSFTTrainer:
     settings = {
         "per_device_train_batch_size": 4,
         "disable_tqdm": True,
@@ -64,9 +68,10 @@ def make_trainer(folder: Path, count: int = 64, **overrides) -> NanoChatSFTTrain
     return NanoChatSFTTrainer(
         make_model(),
         NanoChatSFTConfig(str(folder), **(settings | overrides)),
-        Dataset.from_dict({"messages": [json.dumps(messages) for messages in conversations(count)]}),
-        Dataset.from_dict({"messages": [json.dumps(messages) for messages in conversations(21)]}),
+        [{"messages": messages} for messages in conversations(count)] if train is None else train,
+        [{"messages": json.dumps(messages)} for messages in conversations(21)] if validation is None else validation,
         processing_class=make_tokenizer(),
+        evaluations=evaluations,
     )
 
 
@@ -198,13 +203,133 @@ def test_wrong_settings_are_refused(tmp_path, settings, message):
         make_trainer(tmp_path, **settings)
 
 
-def test_reading_a_mixture(tmp_path):
+def test_a_step_without_any_trained_token_changes_nothing_and_shows_no_loss(tmp_path):
+    """Step 2 of 3: after the first, momentum alone would move every weight."""
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=1)
+    after = []
+
+    class Copy(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            after.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
+
+    def two_without_targets(batch_samples, device, count=trainer.get_batch_samples):
+        batches, _ = count(batch_samples, 1, device)
+        if trainer.state.global_step == 1:
+            batches[0]["labels"][:] = -100
+        return batches, trainer._get_num_items_in_batch(batches, device)
+
+    trainer.get_batch_samples = lambda iterator, num, device: two_without_targets(iterator, device)
+    trainer.add_callback(Copy())
+    trainer.train()
+    assert all(torch.equal(weight, after[0][name]) for name, weight in after[1].items())
+    assert any(not torch.equal(weight, after[1][name]) for name, weight in after[2].items())
+    log = {line["step"]: line for line in trainer.state.log_history if "learning_rate" in line}
+    assert [step for step, line in log.items() if "loss" in line] == [1, 3]
+    assert log[2]["steps_without_trained_tokens"] == 1
+
+
+def test_prompts_longer_than_a_row_train_nothing_and_are_counted(tmp_path):
+    """Ten of them and ten short ones, a row at a time: every step once divided 0 by 0."""
+    long = [{"role": "user", "content": "Good day! " * 40}, {"role": "assistant", "content": "Yes."}]
+    rows = [{"messages": messages} for messages in [long] * 10 + conversations(10)]
+    trainer = make_trainer(tmp_path, train=rows, per_device_train_batch_size=1)
+    assert trainer.packed["train"].figures()["untrained_conversations"] == 10
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == trainer.planned_steps and min(losses) > 0
+
+
+def test_rows_that_fill_no_batch_change_from_epoch_to_epoch():
+    epoch = iter([*range(20), 0])
+    sampler = WholeBatches(10, 4, seed=3, epoch=lambda: next(epoch))
+    orders = []
+    for _ in range(20):
+        orders.append(list(sampler))
+        assert len(set(orders[-1])) == len(orders[-1]) == len(sampler) == 8
+    assert {row for order in orders for row in range(10) if row not in order} == set(range(10))
+    assert list(sampler) == orders[0] != orders[1]
+    assert list(WholeBatches(10, 4, seed=4, epoch=lambda: 0)) != orders[0]
+
+
+def test_a_file_is_read_where_its_lines_lie_in_an_order_of_the_seed(tmp_path):
     file = tmp_path / "train.jsonl"
     rows = [{"messages": messages, "source": "made"} for messages in conversations(50)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [json.loads(messages) for messages in read_conversations(str(file), seed=1)]
-    assert found != conversations(50) and sorted(map(str, found)) == sorted(map(str, conversations(50)))
-    assert [json.dumps(messages) for messages in found] == read_conversations(str(file), seed=1)
-    file.write_text('{"messages": []}\n{"text": "no conversation"}\n')
-    with pytest.raises(ValueError, match=r"train.jsonl:2: expected .*got '{\"text\": \"no conv"):
-        read_conversations(str(file), seed=1)
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    lines = list(ConversationFile(file, seed=1))
+    assert [row["where"] for row in lines] == [row["where"] for row in ConversationFile(file, seed=1)]
+    assert [row["where"] for row in lines] != [row["where"] for row in ConversationFile(file, seed=2)]
+    for row in lines:  # each names the line it is
+        number = int(row["where"].rsplit(":", 1)[1])
+        assert json.loads(row["line"]) == rows[number - 1]
+    assert len(lines) == len(ConversationFile(file)) == 50
+    assert [row["where"] for row in ConversationFile(file, seed=1, limit=7)] == [row["where"] for row in lines[:7]]
+    with pytest.raises(ValueError, match="does not exist"):
+        ConversationFile(tmp_path / "none.jsonl")
+
+
+BAD_LINES = {
+    '{"messages": [': "no JSON",
+    '["x"]': 'expected {"messages": [...]} in one line',
+    '{"text": "no conversation"}': 'expected {"messages": [...]} in one line',
+    '{"messages": "x"}': "messages must be a list",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "roles must go user",
+    '{"messages": [{"role": "user", "content": ""}]}': "a text is empty",
+    '{"messages": [{"role": "user", "content": "x", "weight": 0}]}': "fields",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_conversation_is_named_by_file_and_line_or_left_out_and_counted(tmp_path, bad):
+    file = tmp_path / "train.jsonl"
+    good = [json.dumps({"messages": messages}) for messages in conversations(30)]
+    file.write_text("\n".join([*good[:3], bad, *good[3:]]))
+    with pytest.raises(ValueError) as caught:
+        make_trainer(tmp_path / "out", train=ConversationFile(file))
+    assert str(caught.value).startswith(f"{file}:4: ") and BAD_LINES[bad] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    trainer = make_trainer(tmp_path / "out", train=ConversationFile(file), skip_bad_conversations=True)
+    packed = trainer.packed["train"]
+    assert packed.figures()["skipped_conversations"] == 1 and packed.figures()["conversations"] == 30
+    assert packed.errors[0].startswith(f"{file}:4: ")
+
+
+def test_several_processes_render_the_same_rows(tmp_path):
+    rows = [{"messages": messages, "where": str(number)} for number, messages in enumerate(conversations(300))]
+    tokenizer = make_tokenizer()
+    files = [tmp_path / "one.arrow", tmp_path / "two.arrow"]
+    figures = [
+        write_rows(file, rows, tokenizer, LENGTH, processes=processes).figures()
+        for file, processes in zip(files, (1, 2))
+    ]
+    assert figures[0] == figures[1] and figures[0]["conversations"] == 300
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_bits_per_byte_are_those_of_the_trained_tokens_that_are_text(tmp_path):
+    trainer = make_trainer(tmp_path)
+    nats = size = 0.0
+    for row in trainer.eval_dataset:
+        with torch.no_grad():
+            scores = trainer.model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(dim=-1)
+        for place, token in enumerate(row["labels"][1:]):
+            if token != -100 and token not in trainer.processing_class.all_special_ids:
+                nats -= scores[place, token].item()
+                size += len(trainer.processing_class.convert_ids_to_tokens(token))
+    assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_evaluations_of_the_recipe_run_when_they_are_due(tmp_path):
+    seen = []
+
+    def measure(model, step):
+        assert not model.training
+        seen.append(step)
+        return {"chat_core": step / 10}
+
+    trainer = make_trainer(tmp_path, max_steps=5, evaluations=[Evaluation(measure, 2)], validation=[])
+    assert trainer.evaluate() == {}  # nothing is shown where there is nothing to measure
+    trainer.train()
+    assert trainer.evaluate() == {"eval_chat_core": 0.5}
+    assert seen == [2, 4, 5]
+    assert not any("eval_loss" in line for line in trainer.state.log_history)

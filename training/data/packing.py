@@ -30,7 +30,8 @@ class PackingStats:
     """Counts of what went into rows and what did not.
 
     `cropped_tokens` are tokens of documents that fell off at the end of a row (or of a sequence trimmed to a row),
-    `padding_tokens` fill what nothing fitted into, `trimmed_sequences` counts sequences longer than a row.
+    `padding_tokens` fill what nothing fitted into, `trimmed_sequences` counts sequences longer than a row. Of
+    conversations, `trained_tokens` carry loss, and `untrained_sequences` had none within a row and are in no row.
     """
 
     rows: int = 0
@@ -39,6 +40,8 @@ class PackingStats:
     cropped_tokens: int = 0
     padding_tokens: int = 0
     trimmed_sequences: int = 0
+    trained_tokens: int = 0
+    untrained_sequences: int = 0
 
     @property
     def utilisation(self) -> float:
@@ -171,21 +174,23 @@ def pack_with_padding(
     sequences: Iterable[tuple[Sequence[int], Sequence[int]]],
     row_length: int,
     pad_token_id: int,
+    stats: PackingStats,
     buffer_size: int = BUFFER_SIZE,
-) -> tuple[dict[str, np.ndarray], PackingStats]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Conversations to rows without cropping any that fits a row.
 
     Args:
-        sequences: pairs (ids, mask) of equal length, mask 1 where a token is trained on.
-        row_length: tokens in a row; a longer sequence loses its end (counted in the stats).
+        sequences: pairs (ids, mask) of equal length, mask 1 where a token is trained on. One that trains nothing within
+            a row is left out.
+        row_length: tokens in a row; a longer sequence loses its end.
         pad_token_id: what fills the rest of a row; it is never a target.
+        stats: counts what becomes of everything.
         buffer_size: sequences to choose from.
 
-    Returns:
-        `input_ids` and `labels`, both int32 `(rows, row_length)`, labels not shifted and -100 where not trained on,
-        in the order in which the rows were filled; and the counts.
+    Yields:
+        `input_ids` and `labels`, both int32 `(row_length,)`, labels not shifted and -100 where not trained on.
     """
-    source, index, stats, rows = iter(sequences), LengthIndex(), PackingStats(), []
+    source, index = iter(sequences), LengthIndex()
     while True:
         input_ids = np.full(row_length, pad_token_id, dtype=np.int32)
         labels = np.full(row_length, IGNORE_INDEX, dtype=np.int32)
@@ -200,15 +205,11 @@ def pack_with_padding(
             filled += length
             stats.sequences += 1
         if not filled:
-            break
+            return
         stats.rows, stats.tokens = stats.rows + 1, stats.tokens + filled
+        stats.trained_tokens += int((labels != IGNORE_INDEX).sum())
         stats.padding_tokens += row_length - filled
-        rows.append((input_ids, labels))
-    shape = (len(rows), row_length)
-    packed = {"input_ids": np.empty(shape, dtype=np.int32), "labels": np.empty(shape, dtype=np.int32)}
-    for position, (input_ids, labels) in enumerate(rows):
-        packed["input_ids"][position], packed["labels"][position] = input_ids, labels
-    return packed, stats
+        yield input_ids, labels
 
 
 def _refill_with_conversations(
@@ -221,9 +222,12 @@ def _refill_with_conversations(
         ids, mask = pair
         if len(ids) != len(mask):
             raise ValueError(f"ids and mask must be of equal length, not {len(ids)} and {len(mask)}")
+        trained = np.asarray(mask[:row_length]) == 1
+        if not trained[1:].any():  # the first token of a row is no target
+            stats.untrained_sequences += 1
+            continue
         if len(ids) > row_length:
             stats.trimmed_sequences += 1
             stats.cropped_tokens += len(ids) - row_length
         ids = np.asarray(ids[:row_length], dtype=np.int32)
-        if len(ids):
-            index.add(len(ids), (ids, np.where(np.asarray(mask[:row_length]) == 1, ids, IGNORE_INDEX)))
+        index.add(len(ids), (ids, np.where(trained, ids, IGNORE_INDEX)))
