@@ -54,9 +54,16 @@ class NanoChatGPTRotaryEmbedding(LlamaRotaryEmbedding):
         return cos, sin
 
 
-def rms_norm(x: torch.Tensor, eps: float | None = None) -> torch.Tensor:
-    """Divides by the root mean square of the last dimension; without eps, by the machine epsilon of the dtype."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+class NanoChatGPTRMSNorm(nn.Module):
+    """Divides by the root mean square of the last dimension, without a weight; eps None is the machine epsilon of the
+    dtype. A module of one input, as vLLM replaces those by its own kernel."""
+
+    def __init__(self, eps: float | None):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -91,6 +98,7 @@ class NanoChatGPTAttention(nn.Module):
         self.k_proj = marked_linear(config.hidden_size, key_value_size, "input")
         self.v_proj = marked_linear(config.hidden_size, key_value_size, "input")
         self.o_proj = marked_linear(config.num_attention_heads * config.head_dim, config.hidden_size, "zero")
+        self.q_norm, self.k_norm = (NanoChatGPTRMSNorm(config.rms_norm_eps) for _ in range(2))
         if config.has_value_embedding(layer_idx):
             self.value_gate = marked_linear(config.value_gate_channels, config.num_key_value_heads, "gate")
 
@@ -113,9 +121,9 @@ class NanoChatGPTAttention(nn.Module):
             looked_up = heads_of_this_rank(value_embedding.view(heads_shape), value.shape[2])
             value = value + self.config.value_gate_scale * gate.unsqueeze(-1) * looked_up
 
-        eps, scale = self.config.rms_norm_eps, self.config.query_key_scale
-        query = rms_norm(rotate(query, *position_embeddings), eps) * scale
-        key = rms_norm(rotate(key, *position_embeddings), eps) * scale
+        cos, sin = position_embeddings
+        query = self.q_norm(rotate(query, cos, sin)) * self.config.query_key_scale
+        key = self.k_norm(rotate(key, cos, sin)) * self.config.query_key_scale
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, T, D)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -154,7 +162,8 @@ class NanoChatGPTDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NanoChatGPTConfig, layer_idx: int):
         super().__init__()
-        self.rms_norm_eps = config.rms_norm_eps
+        self.input_layernorm = NanoChatGPTRMSNorm(config.rms_norm_eps)
+        self.post_attention_layernorm = NanoChatGPTRMSNorm(config.rms_norm_eps)
         self.self_attn = NanoChatGPTAttention(config, layer_idx)
         self.mlp = NanoChatGPTMLP(config)
 
@@ -173,7 +182,7 @@ class NanoChatGPTDecoderLayer(GradientCheckpointingLayer):
             resid_lambda, x0_lambda = residual_weights
             hidden_states = resid_lambda * hidden_states + x0_lambda * first_embedding
         attention_output, _ = self.self_attn(
-            rms_norm(hidden_states, self.rms_norm_eps),
+            self.input_layernorm(hidden_states),
             position_embeddings,
             value_embedding=value_embedding,
             attention_mask=attention_mask,
@@ -181,4 +190,4 @@ class NanoChatGPTDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(rms_norm(hidden_states, self.rms_norm_eps))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -6,7 +6,7 @@ smeared embeddings and backout. The configuration says what a network has (`conf
 
 Master weights may stay in float32 while activations run in bfloat16: every Linear casts its weight in forward, which
 costs one pass over the weight and, unlike autocast, compiles to the same numbers as eager. The loss never leaves its
-chunk, so a forward pass with labels returns no logits unless they are asked for.
+chunk, so a training step has no logits unless they are asked for.
 """
 
 import copy
@@ -43,9 +43,9 @@ from .decoder_layer import (
     MarkedEmbedding,
     NanoChatGPTAttention,
     NanoChatGPTDecoderLayer,
+    NanoChatGPTRMSNorm,
     NanoChatGPTRotaryEmbedding,
     marked_linear,
-    rms_norm,
 )
 from .growing_cache import grow_in_place
 from .tool_use import CalculatorLogitsProcessor, has_calculator, tokenizer_of_checkpoint
@@ -184,6 +184,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             self.residual_scalars = ResidualScalars(config)
         if config.smear_channels:
             self.smear_gate = marked_linear(config.smear_channels, 1, "gate")
+        self.embed_norm, self.norm = (NanoChatGPTRMSNorm(config.rms_norm_eps) for _ in range(2))
         self.rotary_emb = NanoChatGPTRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -228,7 +229,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
             position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
         else:
             kwargs["position_ids"] = position_ids  # flash kernels read packed sequences from them
-        hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
+        hidden_states = self.embed_norm(inputs_embeds)
         if self.config.smear_channels:
             if "attention_instances" in kwargs:
                 raise ValueError(
@@ -240,9 +241,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
         hidden_states = self._run_layers(
             hidden_states, input_ids, position_embeddings, masks, past_key_values, **kwargs
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=rms_norm(hidden_states, self.config.rms_norm_eps), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _run_layers(
         self, hidden_states, input_ids, position_embeddings, masks, past_key_values, **kwargs
@@ -402,7 +401,6 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -411,14 +409,17 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T).
             labels: (B, T), the input ids themselves; shifted here, so that T - 1 targets of a row count.
-            shift_labels: (B, T), the targets of each position: all T count. Beats `labels`. -100 is ignored in both.
+            kwargs: `shift_labels` (B, T), the targets of each position: all T count. Beats `labels`; -100 is ignored in
+                both. Not by name in the signature: the Trainer demands every label that a signature names. The rest
+                goes to the attention.
             num_items_in_batch: divides the summed loss instead of the number of targets (gradient accumulation).
-            logits_to_keep: last positions (or a tensor of indices) whose logits are wanted, 0 for all. If None:
-                all without labels, none with labels, as the loss is made in chunks that never exist together.
+            logits_to_keep: last positions (or a tensor of indices) whose logits are wanted, 0 for all. If None: all,
+                but none with labels in train mode, where the loss is made in chunks that never exist together.
 
         Returns:
             loss: float32 scalar in nats; logits: (B, kept, V) float32.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -441,7 +442,7 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
                 num_items_in_batch,
             )
         logits = None
-        if loss is None or logits_to_keep is not None:
+        if loss is None or not self.training or logits_to_keep is not None:
             kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
             logits = self._logits(kept)
         return CausalLMOutputWithPast(

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from torch.fx.experimental.meta_tracer import MetaTracer
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from modeling_nanochat.decoder_layer import NanoChatGPTRMSNorm
 from tests.modeling.test_hub import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,54 @@ def test_what_the_vllm_backend_asks_of_a_model(checkpoint):
         alone = AutoModelForCausalLM.from_pretrained(folder)
         expected = torch.cat([alone(part.unsqueeze(0)).logits[0] for part in input_ids[0].split(lengths)])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+class WholeModulesTracer(MetaTracer):
+    """Records a module's own forward: its children are single calls; shapes come from tensors without memory. As for
+    vLLM, a forward's `**kwargs` are empty, which fx asks by their keys."""
+
+    def is_leaf_module(self, module, name):
+        return True
+
+    def iter(self, obj):
+        return iter(()) if obj.node.target == "keys" else super().iter(obj)
+
+
+@torch.fx.wrap
+def recorded_attention(query: torch.Tensor) -> torch.Tensor:
+    """Stands for the kernel in a trace: (B, H, T, D) -> (B, T, H, D)."""
+    return query.transpose(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Could not compute metadata")  # of cosines and sines, given without a shape
+@pytest.mark.parametrize("era", ERAS)
+def test_vllm_can_trace_what_it_fuses(era, monkeypatch):
+    """It looks at modules by torch.fx before it merges or replaces what is in them: the three projections of an
+    attention read the same input, its trace goes through to the end, and norms are modules of one input."""
+    model = tiny_model(era).to("meta")
+    attention, config = model.model.layers[1].self_attn, model.config  # of a layer with a value embedding
+    monkeypatch.setattr(AttentionInterface, "get_interface", lambda *_: lambda _, query, *__, **___: (
+        recorded_attention(query), None))  # fmt: skip
+    inputs = {
+        "hidden_states": torch.empty(1, 8, config.hidden_size, device="meta"),
+        "value_embedding": torch.empty(1, 8, config.num_key_value_heads * config.head_dim, device="meta"),
+    }
+    absent = {"past_key_values": None, "attention_mask": None}  # vLLM gives neither
+    graph = WholeModulesTracer().trace(attention, inputs, absent)
+    given = next(iter(graph.nodes))
+    called = {node.target: node for node in graph.nodes if node.op == "call_module"}
+    assert called.keys() == {"q_proj", "k_proj", "v_proj", "value_gate", "q_norm", "k_norm", "o_proj"}
+    assert all(called[name].args == (given,) and not called[name].kwargs for name in ("q_proj", "k_proj", "v_proj"))
+    assert [node.op for node in graph.nodes][-1] == "output"
+
+    norms = [each for each in model.modules() if isinstance(each, NanoChatGPTRMSNorm)]
+    assert len(norms) == 2 + 4 * config.num_hidden_layers
+    for norm in norms:
+        graph = WholeModulesTracer().trace(norm, {"x": inputs["hidden_states"]})
+        operation, output = list(graph.nodes)[-2:]
+        assert operation.target is F.rms_norm and operation.args[0].op == "placeholder"
+        assert output.args == (operation,)
+    assert not hasattr(model.model.norm, "weight")
 
 
 def compare_ranks_with_one(folder: str) -> None:

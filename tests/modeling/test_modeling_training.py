@@ -80,7 +80,8 @@ def test_labels_shift_and_shift_labels_do_not():
     every = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, every.mean())
     torch.testing.assert_close(model.token_losses(ids[:, :-1], ids[:, 1:]).flatten(), every)
-    assert model(ids, labels=ids).logits is None
+    torch.testing.assert_close(model(ids, labels=ids).logits, logits)  # for an evaluation's metrics
+    assert model.train()(ids, labels=ids).logits is None
     torch.testing.assert_close(model(ids, labels=ids, logits_to_keep=0).logits, logits)
 
 
