@@ -207,15 +207,22 @@ def test_tables_in_bfloat16_learn(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_run_equals_eager(tmp_path, monkeypatch):
-    losses = []
-    for flag in (False, True):  # one after the other: Accelerate's choice of a compiler is global
+    """And a second compiled run on two threads equals the first to the bit."""
+    losses, weights = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for flag in (False, True, True):  # one after the other: Accelerate's choice of a compiler is global
         for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
             monkeypatch.delenv(name)
         trainer = tiny_trainer(tmp_path, torch_compile=flag, logging_steps=1)
         trainer.train()
         assert (type(trainer.model_wrapped).__name__ == "OptimizedModule") == flag
         losses.append(losses_of(trainer))
+        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    torch.set_num_threads(threads)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1] == losses[2]
+    assert all(torch.equal(tensor, weights[2][name]) for name, tensor in weights[1].items())
 
 
 def test_compilation_is_for_long_runs(tmp_path):

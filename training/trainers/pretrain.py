@@ -135,6 +135,24 @@ def store_tables_in_bfloat16(model: PreTrainedModel) -> None:
     model.model.value_embeddings.to(torch.bfloat16)
 
 
+@contextmanager
+def exact_sums(wanted: bool) -> Iterator[None]:
+    """Compiled CPU code adds the gradients of a looked-up row by atomic additions, whose order the threads decide: two
+    runs differ in the last bits. In here it takes the kernel that adds in order, so that runs repeat to the bit on any
+    number of threads; the price is measured by `benchmarks/training_step.py`."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor, for nothing
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
     """Trains a nanochat network on endless packed rows.
 
@@ -271,7 +289,8 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
                 self.state = state
                 return TrainOutput(state.global_step, float("nan"), {})
             self.rows.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, **kwargs)
+        with exact_sums(bool(self.args.torch_compile) and self.args.device.type == "cpu"):
+            return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self._time_aside("save"):
