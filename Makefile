@@ -5,14 +5,15 @@ BIN := .venv/bin
 DEMO := recipes/configs/demo
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+UV := .versions/uv/bin/uv --quiet
 CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test hf-tests lint bench clean
+.PHONY: help install demo test test-versions hf-tests lint bench clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: .venv/.installed ## set up .venv with the tested versions
 
@@ -38,6 +39,16 @@ test: .venv/.installed ## every test, on two workers
 hf-tests: .venv/.installed ## Transformers' own common tests of a model, run against ours
 	$(BIN)/python -m tests.hf.run
 
+# Without a GPU, UV_TORCH_BACKEND=cpu saves gigabytes of CUDA.
+test-versions: .venv/.installed ## the quick tests on the lowest and on the newest versions that setup.py admits
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .versions/uv 'uv>=0.9'
+	for resolution in lowest-direct highest; do \
+		$(UV) venv --clear --python $(BIN)/python .versions/$$resolution && \
+		$(UV) pip install --python .versions/$$resolution --resolution $$resolution --editable '.[train]' && \
+		$(UV) pip install --python .versions/$$resolution --editable '.[demo,dev]' && \
+		HF_HUB_OFFLINE=1 .versions/$$resolution/bin/python -m pytest -n 2 -m 'not slow' || exit 1; \
+	done
+
 lint: .venv/.installed ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +56,6 @@ lint: .venv/.installed ## ruff: style and format
 bench: .venv/.installed ## every benchmark, one after another
 	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
-clean: ## remove what the demo made (out/) and caches; .venv stays
-	rm -rf out .pytest_cache .ruff_cache
+clean: ## remove what the demo made (out/), test-versions and caches; .venv stays
+	rm -rf out .versions .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

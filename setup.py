@@ -1,7 +1,11 @@
 """Packaging of nanochat for Transformers (distribution `modeling-nanochat`).
 
-Ranges here are what users may install; `constraints.txt` pins what the tests ran on. `trl` is held to one minor version
-because the trainers override hooks that it does not promise to keep.
+Ranges here are what users may install, and `make test-versions` tests both of their ends; `constraints.txt` pins what
+the tests ran on. Of the lower bounds, transformers 5.20 lacks a function that the network imports; trl 1.16 itself asks
+for accelerate, datasets and pyarrow as given, transformers 5.21 for tokenizers and safetensors. tiktoken 0.9 makes
+special tokens of ordinary text that looks like them when it encodes to arrays. torch 2.9 crashes under FSDP2 in the
+optimizer; 2.13 is the oldest that was tested since. `trl` is held to one minor version because the trainers override
+hooks that it does not promise to keep.
 
 The folders `training`, `eval` and `recipes` lie beside `modeling_nanochat` but are imported from inside it
 (`modeling_nanochat.training`, ...): as names of their own they would collide with other packages and users' folders.
@@ -14,9 +18,9 @@ PACKAGES = ["modeling_nanochat"] + [
     f"modeling_nanochat.{name}" for top in FOLDERS for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))
 ]
 
-TOKENIZER = ["rustbpe>=0.1", "tiktoken>=0.7"]
-TRAIN = [*TOKENIZER, "accelerate>=1.10", "datasets>=4.0", "pyarrow>=15", "trl>=1.16,<1.17", "pyyaml"]
-EVAL = ["datasets>=4.0", "lm-eval>=0.4.9", "pyyaml"]
+TOKENIZER = ["rustbpe>=0.1", "tiktoken>=0.11"]
+TRAIN = [*TOKENIZER, "accelerate>=1.10.1", "datasets>=4.7", "pyarrow>=21", "trl>=1.16,<1.17", "pyyaml>=6"]
+EVAL = ["datasets>=4.7", "lm-eval>=0.4.9", "pyyaml>=6"]
 CHAT = ["fastapi", "uvicorn", "pydantic", "openai", "rich"]
 
 setup(
@@ -32,7 +36,7 @@ setup(
         "modeling_nanochat.recipes": ["configs/**/*.yaml", "accelerate/*.yaml", "*.sh"],
     },
     entry_points={"console_scripts": ["nanochat = modeling_nanochat.recipes.command_line:main"]},
-    install_requires=["torch>=2.9", "transformers>=5.20,<6", "tokenizers>=0.22", "safetensors"],
+    install_requires=["torch>=2.13", "transformers>=5.21,<6", "tokenizers>=0.23.1", "safetensors>=0.8"],
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
