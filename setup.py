@@ -33,7 +33,7 @@ setup(
     package_dir={f"modeling_nanochat.{folder}": folder for folder in FOLDERS},
     package_data={
         "modeling_nanochat": ["*.jinja"],
-        "modeling_nanochat.recipes": ["configs/**/*.yaml", "accelerate/*.yaml", "*.sh"],
+        "modeling_nanochat.recipes": ["configs/**/*.yaml", "accelerate/*.yaml", "*.sh", "serving/*.html"],
     },
     entry_points={"console_scripts": ["nanochat = modeling_nanochat.recipes.command_line:main"]},
     install_requires=["torch>=2.13", "transformers>=5.21,<6", "tokenizers>=0.23.1", "safetensors>=0.8"],

@@ -1,4 +1,4 @@
-"""Serves a chat model over HTTP with OpenAI's API, to many at once.
+"""Serves a chat model over HTTP with OpenAI's API, to many at once, and with a page to chat on.
 
     nanochat serve --model out/demo/rl
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -6,7 +6,7 @@
 
 Requests share one running batch (`serving/engine.py`); the calculator works in it. Everything is bounded: prompts by
 the context, answers, bodies and the number of requests that wait by the options. It listens on this machine only
-unless told otherwise.
+unless told otherwise. docs/serving.md has the API.
 """
 
 import os
@@ -54,7 +54,7 @@ class ServeArguments:
 
 def main() -> None:
     (arguments,) = parse(ServeArguments)
-    serve(arguments, lambda address: print(f"{arguments.model} is served: {address}/v1", flush=True))
+    serve(arguments, lambda address: print(f"{arguments.model} is served: {address}/v1, page {address}/", flush=True))
 
 
 def serve(arguments: ServeArguments, on_ready: Callable[[str], None]) -> None:

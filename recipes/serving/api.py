@@ -1,4 +1,4 @@
-"""OpenAI's API over one engine: chats, plain completions, the model's name, health, metrics.
+"""OpenAI's API over one engine: chats, plain completions, the model's name, health, metrics, and the page to chat on.
 
 The event loop parses, renders and writes; the engine's thread decodes. A client's pieces come through a queue of its
 own, so one that reads slowly holds nobody up, and the queue is no longer than its answers. A client that leaves is
@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,12 @@ from modeling_nanochat.recipes.serving.sampling import Sampling
 from modeling_nanochat.recipes.serving.schema import ChatRequest, Common, CompletionRequest, Error, LoadRequest
 from modeling_nanochat.tokenization_nanochat_gpt import BOS, content_parts, encode_text, render_prompt
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {  # the page stands alone and talks to this server only
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 RETRY_AFTER = "2"  # seconds, for a client that finds everything taken
 PLAIN_TOKENS = 16  # OpenAI's default length of a plain completion
 
@@ -144,8 +151,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: Exchange, events: AsyncIterator[str]):
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, exchange: Exchange, events: AsyncIterator[str], room: int):
+        """`room`: tokens of the context that the prompt leaves for the answer, so that a client can shorten it."""
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Answer-Room": str(room)}
+        super().__init__(events, headers=headers)
         self.exchange = exchange
 
     async def __call__(self, scope, receive, send) -> None:
@@ -165,7 +174,8 @@ async def respond(
     wording = Wording(kind, service.name, service.engine.vocabulary, prompts, include_usage)
     exchange.begin()
     if body.stream:
-        return EventStream(exchange, wording.stream(exchange.pieces(), exchange.count))
+        room = service.engine.context - max(prompts)
+        return EventStream(exchange, wording.stream(exchange.pieces(), exchange.count), room)
     try:
         return await wording.whole(exchange.pieces(), exchange.count)
     except DecodingFailed as error:
@@ -279,6 +289,11 @@ async def health() -> dict[str, str]:
 async def metrics(request: Request) -> str:
     """Counts and gauges in Prometheus' text format."""
     return metrics_text(service_of(request).engine, request.app.state.responses)
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> Response:
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
 
 def make_app(service: Service, api_key: str | None = None, max_body_bytes: int = 1_000_000) -> FastAPI:

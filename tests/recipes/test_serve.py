@@ -289,7 +289,7 @@ def test_a_body_without_a_declared_length_is_bounded_too(server):
 def test_a_key_is_asked_for_everywhere_but_on_the_page(folder):
     server = Server(folder, api_key="sesame")
     try:
-        assert server.ask("GET", "/health")[0] == 200
+        assert [server.ask("GET", path)[0] for path in ("/", "/health")] == [200, 200]
         for path, headers in (
             ("/v1/models", {}),
             ("/metrics", {"Authorization": "Basic sesame"}),
