@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := recipes/configs/demo
+MODEL ?= out/demo/rl
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 UV := .versions/uv/bin/uv --quiet
@@ -10,7 +11,7 @@ CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-versions hf-tests lint bench clean
+.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,8 +34,17 @@ demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, cha
 	$(BIN)/nanochat chat --model out/demo/rl --temperature 0 --prompt 'What is 12 + 30?'
 	$(BIN)/nanochat report --config $(DEMO)/report.yaml
 
+chat: .venv/.installed ## talk to the demo's model in the terminal (MODEL=... for another)
+	$(BIN)/nanochat chat --model $(MODEL)
+
+web: .venv/.installed ## talk to it in the browser
+	$(BIN)/nanochat chat_web --model $(MODEL)
+
 test: .venv/.installed ## every test, on two workers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+
+browser-test: .venv/.installed ## the chat page in a headless Chromium (skipped where there is none)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/browser
 
 hf-tests: .venv/.installed ## Transformers' own common tests of a model, run against ours
 	$(BIN)/python -m tests.hf.run

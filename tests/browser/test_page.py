@@ -141,7 +141,7 @@ def test_a_long_conversation_goes_on_with_what_fits(browser, server):
     say(browser, HELLO)
     browser.wait(f"{IDLE} && document.querySelectorAll('article').length === 8")
     note = browser.run("return document.querySelector('.note').textContent")
-    assert note == "4 earlier messages no longer fit the model's memory"  # a quarter of it is kept for the answer
+    assert note.startswith("4 earlier messages no longer fit the model's memory")  # a quarter is left for the answer
 
 
 def test_settings_and_errors_reach_the_server_and_the_eye(browser, server, monkeypatch):
