@@ -3,6 +3,7 @@
     nanochat convert --from_upstream base_checkpoints/d20 --output d20-hf
     nanochat convert --from_native nanochat-d32-hf --output d32-hf
     nanochat convert --to_upstream d20-hf --output base_checkpoints/d20-again
+    nanochat convert --to_native out/launch/sft --output for-mlx
 
 Upstream is karpathy/nanochat, native is Transformers' own `nanochat` class (launch era only). The era of an upstream
 checkpoint is recognised from its tensors and printed; a softcap of 20 (2026-03-02 to 09) leaves no trace there and has
@@ -24,16 +25,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import NanoChatConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, token_bytes
 from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.conversion.native_config import config_from_native, native_config
 from modeling_nanochat.recipes.conversion.upstream_tensors import (
     NATIVE_NAMES,
     UPSTREAM_NAMES,
     Tensors,
     config_from_upstream,
+    other_name,
     recognise_era,
     split_padding,
     tensors_to_ours,
@@ -79,7 +82,7 @@ CARD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote
 
 @dataclass
 class ConvertArguments:
-    """What to convert. Exactly one of from_upstream, from_native and to_upstream names the folder that is read."""
+    """What to convert. Exactly one of from_upstream, from_native, to_upstream and to_native names what is read."""
 
     output: str = field(metadata={"help": "Folder to write; must not exist yet."})
     from_upstream: str | None = field(
@@ -90,6 +93,10 @@ class ConvertArguments:
     )
     to_upstream: str | None = field(
         default=None, metadata={"help": "Folder of ours, to be written as karpathy/nanochat keeps its checkpoints."}
+    )
+    to_native: str | None = field(
+        default=None,
+        metadata={"help": "Folder of ours with a launch-era network, to be written for Transformers' own class."},
     )
     step: int | None = field(
         default=None,
@@ -194,6 +201,7 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path | None:
 
 def from_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
     """Converts a folder of Transformers' `nanochat` class: the launch era with its own epsilon in every norm."""
+    check_model_type(folder, NanoChatConfig.model_type)
     config = config_from_native(folder, overrides)
     weights = tensors_to_ours(read_safetensors(folder), config, NATIVE_NAMES)
     print(f"{folder}: launch era, {describe(config, weights)}")
@@ -208,19 +216,28 @@ def from_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
         write_folder(partial, config, weights, tokenizer, "launch", source)
 
 
-def config_from_native(folder: Path, overrides: dict[str, Any]) -> NanoChatGPTConfig:
-    """Our configuration of a native checkpoint; ValueError for what our network does not have."""
-    check_model_type(folder, NanoChatConfig.model_type)
-    native = NanoChatConfig.from_pretrained(folder)
-    expected = {"hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False}
-    if found := {name: getattr(native, name) for name in expected if getattr(native, name) != expected[name]}:
-        raise ValueError(f"{folder}: {found}, expected {expected}")
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-            "max_position_embeddings", "rope_parameters", "rms_norm_eps", "final_logit_softcapping")  # fmt: skip
-    fields = {name: getattr(native, name) for name in same}
-    fields["head_dim"] = getattr(native, "head_dim", None) or native.hidden_size // native.num_attention_heads
-    fields["bfloat16_rotary_tables"] = False
-    return NanoChatGPTConfig.from_depth(native.num_hidden_layers, era="launch", **(fields | overrides))
+def to_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
+    """Writes our folder as Transformers' own class does, which MLX and others load too: no code, no trust.
+
+    Raises:
+        ValueError: the native class cannot express the network.
+    """
+    check_model_type(folder, NanoChatGPTConfig.model_type)
+    config = NanoChatGPTConfig.from_pretrained(folder, **overrides)
+    native = native_config(config)
+    weights = tensors_to_ours(read_safetensors(folder), config)
+    with torch.device("meta"):
+        model = NanoChatForCausalLM(native).to(next(iter(weights.values())).dtype)
+    with whole_folder(output) as partial:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            check_vocabulary(tokenizer, config)
+            model.generation_config = chat_generation_config(tokenizer, config.max_position_embeddings)
+            del model.generation_config.use_calculator  # which comes with our code only
+            tokenizer.save_pretrained(partial)
+        names = {name: other_name(name, NATIVE_NAMES) for name in weights}
+        model.save_pretrained(partial, state_dict={names[name]: weight for name, weight in weights.items()})
+    print(f"{folder}: Transformers' own class, {describe(config, weights)}")
 
 
 # ---------------------------------------------------------------- to upstream
@@ -362,7 +379,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     (arguments,) = parse(ConvertArguments)
-    sources = {name: getattr(arguments, name) for name in ("from_upstream", "from_native", "to_upstream")}
+    sources = {name: getattr(arguments, name) for name in ("from_upstream", "from_native", "to_upstream", "to_native")}
     given = {name: folder for name, folder in sources.items() if folder is not None}
     if len(given) != 1:
         raise ValueError(f"{given or 'no folder to read'} given, expected exactly one of --{', --'.join(sources)}")
@@ -377,6 +394,8 @@ def main() -> None:
         from_upstream(folder, output, arguments.step, tokenizer, overrides)
     elif direction == "from_native":
         from_native(folder, output, overrides)
+    elif direction == "to_native":
+        to_native(folder, output, overrides)
     else:
         to_upstream(folder, output, arguments.step, overrides)
     print(f"written to {output}")

@@ -23,7 +23,9 @@ from modeling_nanochat import (
     encode_text,
     token_bytes,
 )
+from modeling_nanochat.decoder_layer import NanoChatGPTRMSNorm
 from modeling_nanochat.recipes import convert
+from tests.modeling.test_hub import byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 ERA_OF_CASE = {
@@ -345,12 +347,52 @@ def test_transformers_own_class_arrives_exactly(tmp_path, monkeypatch):
         expected = native(input_ids).logits
         torch.testing.assert_close(ours(input_ids).logits, expected, rtol=0, atol=1e-4)
         ours.config.rms_norm_eps = None
-        for layer in ours.model.layers:
-            layer.rms_norm_eps = None
+        for module in ours.modules():
+            if isinstance(module, NanoChatGPTRMSNorm):
+                module.eps = None
         assert (ours(input_ids).logits - expected).abs().max() > 1e-3
 
     with pytest.raises(ValueError, match=r"closest era is launch: intermediate_size is 192.*rms_norm_eps is 0.001"):
         run(monkeypatch, "--to_upstream", tmp_path / "ours", "--output", tmp_path / "back")
+
+
+def test_a_launch_network_goes_to_transformers_own_class_and_back(tmp_path, monkeypatch):
+    config = NanoChatGPTConfig.from_depth(
+        3, era="launch", vocab_size=320, head_dim=32, max_position_embeddings=64, bfloat16_rotary_tables=False
+    )
+    torch.manual_seed(0)
+    model = NanoChatGPTForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "ours")
+    byte_tokenizer().save_pretrained(tmp_path / "ours")
+    run(monkeypatch, "--to_native", tmp_path / "ours", "--output", tmp_path / "native")
+    assert not list((tmp_path / "native").glob("*.py"))
+    assert "use_calculator" not in json.loads((tmp_path / "native" / "generation_config.json").read_text())
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native", trust_remote_code=False)
+    assert type(native) is NanoChatForCausalLM
+    ids = torch.randint(320, (2, 21), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(native(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12}
+    assert native.generate(ids, **options).equal(
+        model.generate(ids, **options, pad_token_id=311, eos_token_id=[315, 311])
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "native")("a").input_ids == byte_tokenizer()("a").input_ids
+
+    run(monkeypatch, "--from_native", tmp_path / "native", "--output", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(weight.equal(again[name]) for name, weight in model.state_dict().items())
+
+
+def test_transformers_own_class_is_refused_what_it_cannot_express(tmp_path, monkeypatch):
+    for era, said in (("seed", "use_value_embeddings is True, expected False"), ("launch", "--override bfloat16_rot")):
+        config = NanoChatGPTConfig.from_depth(2, era=era, vocab_size=300, head_dim=32, max_position_embeddings=64)
+        NanoChatGPTForCausalLM(config).save_pretrained(tmp_path / era)
+        with pytest.raises(ValueError, match=f"is the launch era: .*{said}"):
+            run(monkeypatch, "--to_native", tmp_path / era, "--output", tmp_path / "native")
+    run(monkeypatch, "--to_native", tmp_path / "launch", "--output", tmp_path / "native",
+        "--override", "bfloat16_rotary_tables=false")  # fmt: skip
 
 
 def test_a_network_of_our_own_goes_upstream_and_comes_back(tmp_path, monkeypatch):
