@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
-# From nothing to a chatting model on eight H100: upstream's speedrun of 2026-02 (depth 24, FineWeb-Edu), about three
-# hours of pretraining and 75 $; with ERA=head that of 2026-07 (ClimbMix). Run it from the root of a clone; every stage
-# is skipped if it is done and goes on if it was interrupted.
+# From nothing to a chatting model on all GPUs of a machine. On eight H100 it is upstream's speedrun of 2026-02 (depth
+# 24, FineWeb-Edu), about three hours of pretraining and 75 $; with ERA=head that of 2026-07 (ClimbMix). On one GPU
+# DEPTH=12 is a matter of hours. Run it from the root of a clone; every stage is skipped if it is done and goes on if it
+# was interrupted. Batches are the same on 1, 2, 4 or 8 GPUs.
 #   NANOCHAT_OUT=/big/disk DEPTH=20 bash recipes/speedrun.sh
 #   ERA=head bash recipes/speedrun.sh
+#   DEPTH=12 bash recipes/speedrun.sh    # one GPU
 set -euo pipefail
 ERA=${ERA:-seed}
 declare -A FOLDERS=([seed]=speedrun [head]=speedrun_head)
 FOLDER=${FOLDERS[$ERA]:?ERA is $ERA, expected seed or head}
 OUT=${NANOCHAT_OUT:-out/$FOLDER}
 DEPTH=${DEPTH:-24}
-GPUS=$(nvidia-smi --list-gpus | wc -l)
+GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+[ $((16 % GPUS)) -eq 0 ] || { echo "there are $GPUS GPUs; expected 1, 2, 4, 8 or 16: set GPUS to use fewer" >&2; exit 2; }
+ACCUMULATION=$((16 / GPUS))      # fine-tuning steps of 16 micro-batches over all GPUs
+LAUNCHER=recipes/accelerate/$([ "$GPUS" -eq 1 ] && echo one_gpu || echo eight_gpus).yaml
 BASE=recipes/configs/$FOLDER     # text and network are of an era
 CONFIGS=recipes/configs/speedrun # the later stages follow the network
 export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 run() {
-    .venv/bin/accelerate launch --config_file recipes/accelerate/eight_gpus.yaml --num_processes "$GPUS" -m "$@"
+    .venv/bin/accelerate launch --config_file "$LAUNCHER" --num_processes "$GPUS" -m "$@"
 }
 
 make install
@@ -27,9 +32,9 @@ make install
 run modeling_nanochat.recipes.pretrain --config $BASE/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
     --output_dir "$OUT/base"
 run modeling_nanochat.recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" \
-    --data "$OUT/data/sft" --output_dir "$OUT/sft"
+    --data "$OUT/data/sft" --output_dir "$OUT/sft" --gradient_accumulation_steps "$ACCUMULATION"
 run modeling_nanochat.recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" \
-    --data "$OUT/data/rl" --output_dir "$OUT/rl"
+    --data "$OUT/data/rl" --output_dir "$OUT/rl" --gradient_accumulation_steps "$ACCUMULATION"
 run modeling_nanochat.recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
     --models "$OUT/base" "$OUT/sft" "$OUT/rl"
 .venv/bin/nanochat report --run "$OUT"

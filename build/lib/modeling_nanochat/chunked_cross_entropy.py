@@ -1,0 +1,151 @@
+"""Cross entropy of a soft-capped head, a chunk of tokens at a time.
+
+The float32 logits of a whole batch (tokens x vocabulary) are the largest tensor of a training step, and four passes
+over them cost as much time as the head's matrix product. Here the head, the cap, the loss and its gradients are worked
+out for one chunk before the next one begins: the gradients of the hidden states and of the head are made in the
+forward pass, while a chunk's probabilities are at hand (3 matrix products instead of the 4 of a recomputation).
+The costs: the weight of every token must be known in advance, and the head's gradient lives through the backward pass.
+"""
+
+import torch
+
+IGNORE_INDEX = -100  # PyTorch's and Transformers' mark of a target without loss
+# Floats of one chunk of logits. 2^21 (8 MB) stays in a CPU's last-level cache; on a GPU 2^27 (512 MB) fills the device.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+
+
+def tokens_per_chunk(num_tokens: int, vocab_size: int, device_type: str) -> int:
+    """Rows of a chunk: a power of two of at least 64 whose logits fit the budget of the device."""
+    budget = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocab_size
+    return min(num_tokens, max(64, 1 << max(budget, 1).bit_length() - 1))
+
+
+def _capped(rows: torch.Tensor, weight: torch.Tensor, softcap: float) -> torch.Tensor:
+    """tanh(rows @ weight.T / softcap) in float32: the logits as fractions of the cap. (n, C), (V, C) -> (n, V)"""
+    return (rows @ weight.T).float().div_(softcap).tanh_()
+
+
+def _exponentials(capped: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logits) (n, V) and their sums (n, 1). The cap bounds them (the configuration allows caps up to 64), so the
+    usual search for the largest logit, two more passes over the chunk, is not needed."""
+    exponentials = (capped * softcap).exp_()
+    return exponentials, exponentials.sum(-1, keepdim=True)
+
+
+def chunked_token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float
+) -> torch.Tensor:
+    """-log p(target) for every token, for evaluation (nothing is kept for a backward pass).
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head; cast to the dtype of `hidden`.
+        targets: (N,) token ids, or IGNORE_INDEX.
+
+    Returns:
+        (N,) float32 losses in nats, 0 where the target is ignored.
+    """
+    weight = weight.detach().to(hidden.dtype)
+    chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
+    losses = []
+    for rows, ids in zip(hidden.detach().split(chunk), targets.split(chunk)):
+        capped = _capped(rows, weight, softcap)
+        target_logits = softcap * capped.gather(-1, ids.clamp(min=0).unsqueeze(-1))  # (n, 1)
+        losses.append(_exponentials(capped, softcap)[1].log() - target_logits)
+    return torch.cat(losses).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0.0)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over the tokens of token_weight * -log p(target), with both gradients made in the forward pass.
+
+    Arguments of `apply`: hidden (N, C), weight (V, C), targets (N,), token_weights (N,) float32 (0 where the target is
+    ignored), softcap. Returns a float32 scalar. No gradient flows to the token weights.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_weights, softcap):
+        cast_weight = weight.to(hidden.dtype)  # (V, C)
+        chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grads = []
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, ids, scale in zip(hidden.split(chunk), targets.split(chunk), token_weights.split(chunk)):
+            ids, scale = ids.clamp(min=0).unsqueeze(-1), scale.unsqueeze(-1)  # (n, 1)
+            capped = _capped(rows, cast_weight, softcap)
+            exponentials, sums = _exponentials(capped, softcap)
+            loss = loss + ((sums.log() - softcap * capped.gather(-1, ids)) * scale).sum()
+            # d loss / d head output = (probability - is target) * (1 - tanh^2), times the token's weight
+            logits_grad = _subtract_at(exponentials.mul_(scale / sums), ids, scale)
+            logits_grad = logits_grad.addcmul_(logits_grad, capped.square_(), value=-1).to(hidden.dtype)
+            hidden_grads.append(logits_grad @ cast_weight)  # (n, C)
+            if hidden.dtype == torch.float32:
+                weight_grad.addmm_(logits_grad.T, rows)  # (V, C)
+            else:
+                weight_grad.add_(logits_grad.T @ rows)
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, loss_grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad * loss_grad, None, None, None
+
+
+def _subtract_at(matrix: torch.Tensor, ids: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Subtracts amounts (n, 1) from the columns ids (n, 1) of a matrix (n, V), in place where that can be. A compiler
+    fuses a comparison into the passes around it; without one, touching n elements beats passes over all."""
+    if torch.compiler.is_compiling():
+        return matrix - amounts * (torch.arange(matrix.shape[1], device=ids.device) == ids)
+    return matrix.scatter_add_(-1, ids, -amounts)
+
+
+def _drop_ignored(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out tokens without loss: fine-tuning has more of them than others, and the head is a third of the work of
+    a small network. Not on a GPU, where asking how many there are waits for it, nor compiled, where lengths are fixed.
+    """
+    counted = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+    if 0 < len(counted) < len(targets):
+        return hidden[counted], targets[counted]
+    return hidden, targets
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean loss over the targets that are not ignored, or the sum over `num_items` if that is given.
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head.
+        targets: (N,) token ids, or IGNORE_INDEX.
+        num_items: number of targets of a whole optimizer step (several micro-batches), as the Trainer counts them.
+
+    Returns:
+        float32 scalar in nats; 0 if every target is ignored.
+    """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        hidden, targets = _drop_ignored(hidden, targets)
+    counted = targets != IGNORE_INDEX
+    if num_items is None:
+        num_items = counted.sum().clamp(min=1)
+    return chunked_weighted_loss(hidden, weight, targets, counted.float() / num_items, softcap)
+
+
+def chunked_weighted_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor, softcap: float
+) -> torch.Tensor:
+    """Sum over the tokens of token_weight * -log p(target), as a float32 scalar.
+
+    Args:
+        hidden: (N, C) states after the last norm.
+        weight: (V, C) weight of the head.
+        targets: (N,) token ids, or IGNORE_INDEX where the token's weight is 0.
+        token_weights: (N,) float32; no gradient flows to them.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return (chunked_token_losses(hidden, weight, targets, softcap) * token_weights).sum()
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, token_weights, softcap)

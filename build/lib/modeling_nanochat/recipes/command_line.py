@@ -1,0 +1,143 @@
+"""How every recipe is called, and how it fails: `nanochat RECIPE [options]`, configs found by name, one line of error.
+
+    nanochat                                    # the recipes, a line each
+    nanochat plan --depth 20
+    nanochat prepare_data --config demo/data    # recipes/configs/demo/data.yaml, wherever the package lies
+    accelerate launch -m modeling_nanochat.recipes.pretrain --config demo/pretrain    # on several devices
+
+What a user can get wrong is a `ValueError` or an `OSError` anywhere below: it ends the process with one line and exit
+code 2; NANOCHAT_TRACEBACK=1 shows where it came from. Anything else is a fault of this code and keeps its traceback.
+"""
+
+import argparse
+import ast
+import importlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_nanochat.recipes.stages.record import is_main_process
+from modeling_nanochat.training.trainers.settings import unused_settings
+from modeling_nanochat.training.trainers.stopping import Stopped
+
+FOLDER = Path(__file__).parent
+CONFIGS = FOLDER / "configs"
+
+
+def main() -> None:
+    """The command `nanochat`."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: nanochat RECIPE [options]      (nanochat RECIPE --help shows a recipe's options)\n")
+        print("\n".join(f"  {recipe:16} {purpose}" for recipe, purpose in recipes().items()))
+        return
+    if name not in recipes():
+        raise SystemExit(f"nanochat: there is no recipe {name!r}; expected one of {', '.join(recipes())}")
+    sys.argv = [f"nanochat {name}", *arguments]
+    run(importlib.import_module(f"modeling_nanochat.recipes.{name}").main)
+
+
+def recipes() -> dict[str, str]:
+    """Name and purpose of every recipe: the files beside this one that have a `main`, and how each of them opens."""
+    found = {}
+    for file in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if file != Path(__file__) and any(
+            isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body
+        ):
+            found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def run(recipe: Callable[[], None]) -> None:
+    """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
+    try:
+        recipe()
+    except Stopped as stopped:
+        if is_main_process():
+            print(f"{program()}: {stopped}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
+    except KeyboardInterrupt:
+        print(f"{program()}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOCHAT_TRACEBACK"):
+            raise
+        print(f"{program()}: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def program() -> str:
+    """What was called, as messages name it."""
+    return Path(sys.argv[0]).stem if "/" in sys.argv[0] else sys.argv[0]
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parse(*classes: type, refused: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+    """An instance of each dataclass from `--config FILE.yaml` and the command line, which wins.
+
+    A config that is no file is looked for by its name among the shipped ones. Settings that would do nothing are
+    neither taken nor shown by `--help`: those that a class of training arguments inherits and does not use, and
+    those in `refused`, with what to use instead.
+
+    Raises:
+        ValueError: for a config that is not there, or a setting that does not exist or would do nothing.
+    """
+    from trl import TrlParser  # here: `nanochat` alone needs none of it
+
+    unused = {name: instead for each in classes for name, instead in unused_settings(each).items()} | (refused or {})
+    arguments = with_config_found(sys.argv[1:])
+    for name in given_settings(arguments):
+        if name in unused:
+            raise ValueError(f"--{name} would do nothing here; use {unused[name]}")
+    parser = TrlParser(classes, allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in unused:
+            action.help = argparse.SUPPRESS
+    parser.usage = f"{sys.argv[0]} [--config FILE.yaml] [--setting value ...]"
+    return parser.parse_args_and_config(args=arguments)
+
+
+def given_settings(arguments: Sequence[str]) -> list[str]:
+    """The names set on the command line and in the config."""
+    names = [part[2:].split("=")[0].replace("-", "_") for part in arguments if part.startswith("--")]
+    if "--config" in arguments[:-1]:
+        config = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+        names += [str(name) for name in config] if isinstance(config, dict) else []
+    return names
+
+
+def with_config_found(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the file that `--config` means in the place of its name."""
+    arguments = list(itertools.chain(*(each.split("=", 1) if each.startswith("--config=") else [each]
+                                       for each in arguments)))  # fmt: skip
+    if "--config" in arguments[:-1]:
+        at = arguments.index("--config") + 1
+        arguments[at] = str(find_config(arguments[at]))
+    return arguments
+
+
+def find_config(name: str) -> Path:
+    """`name` if it is a file, else the shipped config of that name, with or without `.yaml`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    raise ValueError(f"--config {name} is no file; expected a YAML file or one of {', '.join(shipped)}")
+
+
+if __name__ == "__main__":
+    main()

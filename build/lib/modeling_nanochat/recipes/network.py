@@ -1,0 +1,57 @@
+"""The settings of a network and of a run's length, shared by pretraining, planning and the sweep."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modeling_nanochat import NanoChatGPTConfig
+
+
+@dataclass
+class NetworkArguments:
+    """The shape: one dial, and what may be turned besides."""
+
+    depth: int = field(default=12, metadata={"help": "Number of layers; sets the whole shape."})
+    era: str = field(default="seed", metadata={"help": "Network of upstream's 'seed' (2026-02) or 'head' (2026-07)."})
+    head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
+    aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
+    sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row, and of the network's context."})
+    window_pattern: str | None = field(
+        default=None,
+        metadata={"help": "Letters S (windowed) and L (full), tiled over the layers; by default the era's."},
+    )
+
+    def network(self, vocab_size: int, **special_token_ids: Any) -> NanoChatGPTConfig:
+        """The configuration that these settings and a tokenizer's vocabulary give."""
+        for name in ("depth", "head_dim", "aspect_ratio", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        return NanoChatGPTConfig.from_depth(
+            self.depth,
+            vocab_size=vocab_size,
+            head_dim=self.head_dim,
+            aspect_ratio=self.aspect_ratio,
+            max_position_embeddings=self.sequence_length,
+            era=self.era,
+            window_pattern=self.window_pattern,
+            **special_token_ids,
+        )
+
+
+@dataclass
+class HorizonArguments:
+    """How long a run is, and how large its steps are; `max_steps` beats all of these."""
+
+    total_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of an optimizer step over all devices; by default the era's rule."}
+    )
+    tokens_per_parameter: float | None = field(
+        default=None, metadata={"help": "Horizon: tokens for each scaling parameter; by default the era's."}
+    )
+    target_flops: float | None = field(default=None, metadata={"help": "Horizon instead: a budget of FLOPs."})
+
+    def check(self) -> None:
+        """`ValueError` for what is no length or size."""
+        for name in ("total_batch_tokens", "tokens_per_parameter", "target_flops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a number above 0")

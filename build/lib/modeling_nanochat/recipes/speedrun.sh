@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From nothing to a chatting model on eight H100: upstream's speedrun of 2026-02 (depth 24, FineWeb-Edu), about three
+# hours of pretraining and 75 $; with ERA=head that of 2026-07 (ClimbMix). Run it from the root of a clone; every stage
+# is skipped if it is done and goes on if it was interrupted.
+#   NANOCHAT_OUT=/big/disk DEPTH=20 bash recipes/speedrun.sh
+#   ERA=head bash recipes/speedrun.sh
+set -euo pipefail
+ERA=${ERA:-seed}
+declare -A FOLDERS=([seed]=speedrun [head]=speedrun_head)
+FOLDER=${FOLDERS[$ERA]:?ERA is $ERA, expected seed or head}
+OUT=${NANOCHAT_OUT:-out/$FOLDER}
+DEPTH=${DEPTH:-24}
+GPUS=$(nvidia-smi --list-gpus | wc -l)
+BASE=recipes/configs/$FOLDER     # text and network are of an era
+CONFIGS=recipes/configs/speedrun # the later stages follow the network
+export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+run() {
+    .venv/bin/accelerate launch --config_file recipes/accelerate/eight_gpus.yaml --num_processes "$GPUS" -m "$@"
+}
+
+make install
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' ||
+    echo "no FlashAttention for this machine: attention falls back to what torch has" >&2
+.venv/bin/nanochat plan --depth "$DEPTH" --gpus "$GPUS" --era "$ERA"
+.venv/bin/nanochat prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
+.venv/bin/nanochat train_tokenizer --config $BASE/tokenizer.yaml --output_dir "$OUT/tokenizer"
+run modeling_nanochat.recipes.pretrain --config $BASE/pretrain.yaml --depth "$DEPTH" --tokenizer "$OUT/tokenizer" \
+    --output_dir "$OUT/base"
+run modeling_nanochat.recipes.sft --config $CONFIGS/sft.yaml --model "$OUT/base" \
+    --data "$OUT/data/sft" --output_dir "$OUT/sft"
+run modeling_nanochat.recipes.rl --config $CONFIGS/rl.yaml --model "$OUT/sft" \
+    --data "$OUT/data/rl" --output_dir "$OUT/rl"
+run modeling_nanochat.recipes.evaluate --config $CONFIGS/evaluate.yaml --data "$OUT/data" --output_dir "$OUT/eval" \
+    --models "$OUT/base" "$OUT/sft" "$OUT/rl"
+.venv/bin/nanochat report --run "$OUT"

@@ -1,0 +1,119 @@
+"""The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings; and
+which of the checkpoints in it a run goes on from."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+import modeling_nanochat  # registers the network with the Auto classes
+from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.inference import chat_generation_config
+from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.training.data.documents import is_local_path
+from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
+from modeling_nanochat.training.whole_files import damage, replace_files
+
+
+def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model with float32 weights, and tokenizer, from a folder or the Hub."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+
+
+def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode on this process's device, and tokenizer.
+
+    Args:
+        dtype: of the activations: float32, bfloat16, or `auto`: bfloat16 where that is native.
+
+    Raises:
+        ValueError: `model` is a local path and no checkpoint is there.
+    """
+    if is_local_path(model) and not Path(model, "config.json").exists():
+        raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
+    network, tokenizer = load_checkpoint(model)
+    device = PartialState().device
+    dtype = choose_dtype(dtype, device)
+    if isinstance(network, modeling_nanochat.NanoChatGPTForCausalLM):
+        network.set_activation_dtype(dtype)
+        network = network.to(device).eval()
+        say_once(choose_attention(network))
+    else:
+        network = network.to(device, dtype).eval()
+    return network, tokenizer
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """On the main process, and not where answers go."""
+    if PartialState().is_main_process:
+        print(sentence, file=sys.stderr)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
+    """Write everything that loads and chats without this package; each file appears whole. Main process only."""
+    model.config.use_cache = True  # the Trainer turns it off
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config = chat_generation_config(tokenizer, model.config.max_position_embeddings)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    replace_files(output_dir, write)
+    model.config.name_or_path = output_dir  # where its calculator finds the tokenizer
+
+
+def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
+    """The checkpoint named in the arguments (`true`: the latest there is), else the latest whole one of this run. Those
+    of a finished or unwanted run go when the stage begins.
+
+    Raises:
+        ValueError: the named checkpoint is none, or damaged; or the folder holds checkpoints of another run that was
+            not finished.
+    """
+    named = named_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    checkpoint = named or latest_checkpoint(config.output_dir, stage.say)
+    if checkpoint and not named and not stage.can_continue():
+        finished = stage.file.exists() and not stage.begun.exists()
+        if not (stage.rerun or finished):
+            raise ValueError(
+                f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
+                f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "
+                f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
+            )
+        checkpoint = None
+    stage.goes_on = checkpoint is not None
+    PartialState().wait_for_everyone()  # all have decided: the folder may change
+    return checkpoint
+
+
+def named_checkpoint(name: str | None, output_dir: str) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    if name is None or name.lower() in ("", "false"):
+        return None
+    checkpoint = latest_checkpoint(output_dir) if name.lower() == "true" else name
+    if checkpoint is None:
+        raise ValueError(f"--resume_from_checkpoint true, but {output_dir} holds no checkpoint")
+    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {name} is no checkpoint; expected a folder with {TRAINER_STATE_NAME}"
+        )
+    if found := damage(Path(checkpoint)):
+        raise ValueError(f"--resume_from_checkpoint {name} is damaged: {found}; expected a whole checkpoint")
+    return checkpoint

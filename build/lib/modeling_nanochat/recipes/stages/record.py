@@ -1,0 +1,257 @@
+"""One stage of a run: says what is about to happen, remembers what came out, and skips what is already done.
+
+Every recipe that produces a folder wraps its work in a `Stage`. What a stage did is written last and whole, as
+`stage.json` in that folder: its arguments, the state of its inputs, its results, its log and the machine. A stage is
+done when that file exists and was made with the same arguments from the same inputs, as in make; so running a
+pipeline again costs nothing, and changing one setting redoes that stage and what follows from it.
+
+A record vouches for the files beside it by their hashes, and is withdrawn before the first of them changes. Inputs are
+known by their contents: the hashes in the record of the stage that made them, or for a user's own files size and a
+sample of the bytes (whole, up to 16 MB). The price is reading what a stage left once more, at its end and before it is
+called done.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_nanochat.recipes.stages.lock import NAME as LOCK
+from modeling_nanochat.recipes.stages.lock import release as release_lock
+from modeling_nanochat.recipes.stages.lock import take as take_lock
+from modeling_nanochat.training.whole_files import checksums, damage, sampled_hash, write_json
+
+FILE_NAME = "stage.json"
+# Where a run writes, and how it is resumed or restarted, does not change what it computes.
+NOT_PART_OF_THE_WORK = {"output_dir", "rerun", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm"}
+
+
+class Stage:
+    """The record of one stage.
+
+    Args:
+        name: what the stage is called in messages and in the report.
+        output_dir: folder the stage fills; `stage.json` appears there when it is finished.
+        arguments: dataclass instances that say how the work is done; only what differs from the defaults is kept.
+        inputs: files, folders or Hub names that the stage reads.
+        rerun: do the work even if it is done.
+    """
+
+    def __init__(
+        self, name: str, output_dir: str, arguments: Iterable[Any], inputs: Sequence[str] = (), rerun: bool = False
+    ):
+        self.name = name
+        self.output_dir = Path(output_dir)
+        self.file = self.output_dir / FILE_NAME
+        self.begun = self.output_dir / "stage.begun.json"
+        self.identity = {
+            "name": name,
+            "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
+            "inputs": {str(path): fingerprint(path) for path in inputs},
+        }
+        self.rerun = rerun
+        self.goes_on = False  # from a checkpoint in the folder
+        self.facts: dict[str, Any] = {}
+        self.started = time.time()
+
+    def is_done(self) -> bool:
+        """True, with a line that says so, when the same work from the same inputs has been finished before and what it
+        left is still there, to the byte."""
+        record = read_stage(self.output_dir)
+        if self.rerun or record is None:
+            return False
+        if {key: record.get(key) for key in self.identity} != self.identity:
+            self.say("settings or inputs have changed since the last run: doing it again")
+            return False
+        if found := damage(self.output_dir, record.get("files", {})):
+            self.say(f"{self.output_dir} is not as it was left ({found}): doing it again")
+            return False
+        self.say(f"already done in {self.output_dir} (--rerun true does it again)")
+        return True
+
+    def can_continue(self) -> bool:
+        """True if the same work was begun here and not finished: its checkpoints belong to this run."""
+        return not self.rerun and read_json(self.begun) == self.identity
+
+    def announce(self, **facts: Any) -> None:
+        """Print one line about what will happen (`parameters, tokens, flops, seconds, bytes` in readable units), and
+        `begin`."""
+        self.facts = facts
+        self.begin()
+        self.say(", ".join(describe(key, value) for key, value in facts.items()) + f" -> {self.output_dir}")
+
+    def begin(self) -> None:
+        """Before the first file changes: lock the folder, withdraw the record of what was there, and note what has
+        begun, so that an interrupted run can be told from another one (`can_continue`). Checkpoints of a run that is
+        not gone on with are removed."""
+        if is_main_process():
+            take_lock(self.output_dir)
+            if read_json(self.begun) != self.identity:
+                write_json(self.begun, self.identity)
+            self.file.unlink(missing_ok=True)
+            for old in [] if self.goes_on else list(self.output_dir.glob("checkpoint-*")):
+                shutil.rmtree(old)
+
+    def finish(self, results: dict[str, Any], log_history: Sequence[dict] = (), samples: Sequence[dict] = ()) -> None:
+        """Write the record (main process only) and print what came out."""
+        seconds = time.time() - self.started
+        if not is_main_process():
+            return
+        record = {
+            **self.identity,
+            "announced": self.facts,
+            "results": results,
+            "seconds": seconds,
+            "machine": describe_machine(),
+            "samples": list(samples),
+            "log_history": [{name: finite_or_none(value) for name, value in line.items()} for line in log_history],
+            "files": files_of_a_stage(self.output_dir),
+        }
+        write_json(self.file, record)
+        self.begun.unlink(missing_ok=True)
+        release_lock(self.output_dir / LOCK)
+        shown = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in results.items() if isinstance(value, (int, float, str)))  # fmt: skip
+        self.say(f"done in {readable_time(seconds)}" + (f": {shown}" if shown else ""))
+
+    def say(self, text: str) -> None:
+        """Print one line of this stage, from the main process only."""
+        if is_main_process():
+            print(f"[{self.name}] {text}", flush=True)
+
+
+def read_stage(folder: str | Path) -> dict[str, Any] | None:
+    """The record that a finished stage left in `folder`, or None."""
+    return read_json(Path(folder) / FILE_NAME)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None if it is not there, or was cut off (then it says nothing that can be relied on)."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def files_of_a_stage(folder: Path) -> dict[str, str]:
+    """sha256 of what a stage leaves behind: not its checkpoints, which only an unfinished run needs, nor its record."""
+    own = (FILE_NAME, "stage.begun.json", LOCK)
+    return {
+        name: digest
+        for name, digest in checksums(folder, lambda path: not path.parts[0].startswith("checkpoint-")).items()
+        if name not in own
+    }
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no infinity and nothing that is not a number: a log's figure that is one becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def changed_fields(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance that differ from its defaults, as JSON values."""
+    changed = {}
+    for field in dataclasses.fields(arguments):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(arguments, field.name)
+        if field.name not in NOT_PART_OF_THE_WORK and not field.name.startswith("_") and value != default:
+            changed[field.name] = value
+    return json.loads(json.dumps(changed, default=str))
+
+
+def fingerprint(path: str | Path) -> str:
+    """What identifies the state of an input: the files that the record of the stage that made it vouches for (a
+    folder's own record or its parent's), else names, sizes and contents of the files that are there; else, as of the
+    Hub, its name.
+
+    Raises:
+        ValueError: a stage made the input, and it is no longer as the stage left it.
+    """
+    path = Path(path)
+    for folder in (path, path.parent):
+        record = read_stage(folder) if path.is_dir() else None
+        if record is not None:
+            inside = {name: digest for name, digest in record.get("files", {}).items() if is_below(folder / name, path)}
+            if found := damage(folder, inside):
+                raise ValueError(
+                    f"{folder} is not as the stage {record['name']} left it: {found}; expected what its {FILE_NAME} "
+                    "vouches for: run that stage again, or remove its record to use the folder as it is"
+                )
+            return digest_of(inside)
+    if path.is_file():
+        return digest_of({path.name: sampled_hash(path)})
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != LOCK)
+        return digest_of({file.relative_to(path).as_posix(): sampled_hash(file) for file in files})
+    return "by name"
+
+
+def is_below(file: Path, folder: Path) -> bool:
+    return folder in file.parents
+
+
+def digest_of(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, accelerators, memory and versions, for the report."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def describe(key: str, value: Any) -> str:
+    if key == "seconds":
+        return f"about {readable_time(value)}"
+    if key == "flops":
+        return f"{readable_number(value)}FLOP"
+    if key == "bytes":
+        return f"{readable_number(value)}B"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{readable_number(value)} {key.replace('_', ' ')}".replace("  ", " ")
+    return f"{key.replace('_', ' ')} {value}"
+
+
+def readable_number(value: float) -> str:
+    """12345678 -> '12.3 M'; small whole numbers stay as they are."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            scale = 1e3 if unit == "k" else limit
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.4g} " if isinstance(value, float) else f"{value} "
+
+
+def readable_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,58 @@
+"""Figures of models side by side, as text for the terminal and as Markdown for the report.
+
+A figure is a number or an interval; of a record that was read from its file, an interval is {"mean", "low", "high"}.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from modeling_nanochat.eval.intervals import Interval
+
+Columns = Mapping[str, Mapping[str, Any]]  # by model, then by figure
+
+
+def text_table(columns: Columns) -> str:
+    """One line for each figure, one column for each model."""
+    lines = [["", *columns]]
+    lines += [[name, *(cell(column, name) for column in columns.values())] for name in figure_names(columns)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    )
+
+
+def figure_names(columns: Columns) -> list[str]:
+    """The figures that any of the columns has."""
+    return list(dict.fromkeys(name for column in columns.values() for name in column))
+
+
+def cell(figures: Mapping[str, Any], name: str) -> str:
+    """A figure of one model, or a dash if it was not measured."""
+    return figure_text(figures[name]) if name in figures else "-"
+
+
+def plain_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def figure_text(value: Any, number: Callable[[Any], str] = plain_number) -> str:
+    """A figure as one reads it: an interval behind its mean, text and truth as they are, the rest by `number`."""
+    if is_interval(value):
+        value = value if isinstance(value, Interval) else Interval(**value)
+        return f"{number(value.mean)} [{value.low:.3f}, {value.high:.3f}]"
+    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def is_interval(value: Any) -> bool:
+    """Whether this is an interval, or what a file keeps of one."""
+    return isinstance(value, Interval) or (isinstance(value, dict) and set(value) == {"mean", "low", "high"})
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the first column to the left and the others to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+    return [line(header), "|---|" + "---:|" * (len(header) - 1), *map(line, rows)]

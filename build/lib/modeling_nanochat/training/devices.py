@@ -1,0 +1,127 @@
+"""What a device can do: whether it multiplies bfloat16 itself, which dtype `auto` is, how fast it is.
+
+Speeds of known GPUs are their makers' data sheets, others are measured; a measurement takes a fifth of a second and
+says what this machine does now, beside whatever else runs on it. Nothing but torch is imported here.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+# ---------------------------------------------------------------- the dtype of activations and of orthogonalisation
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def native_bfloat16(device: torch.device | str) -> bool:
+    """Whether the hardware multiplies bfloat16 itself. Where it does not, bfloat16 is emulated and slower than float32
+    (50 times, on an AVX2 processor)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Older versions of torch cannot tell: float32 is then the safe answer.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def parse_dtype(wanted: str | torch.dtype, setting: str = "dtype") -> torch.dtype | None:
+    """The dtype that a setting names, or None for `auto`.
+
+    Raises:
+        ValueError: it names something else; the message calls it `setting`.
+    """
+    if wanted == "auto":
+        return None
+    dtype = DTYPES.get(wanted, wanted)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{setting} is {wanted!r}, expected auto, {' or '.join(DTYPES)}")
+    return dtype
+
+
+def choose_dtype(wanted: str | torch.dtype, device: torch.device | str, setting: str = "dtype") -> torch.dtype:
+    """The dtype that a setting names; `auto` is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    dtype = parse_dtype(wanted, setting)
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+
+
+# ---------------------------------------------------------------- speed
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator: dense bfloat16 FLOP/s of its data sheet, and memory in bytes."""
+
+    bfloat16_flops_per_second: float
+    memory_bytes: int
+
+
+# The makers' data sheets, dense, for the part named. Keys are looked for in the name that torch reports, in this order.
+DEVICES = {
+    "B200": Device(2250e12, 180 * 10**9),
+    "H200": Device(989.5e12, 141 * 10**9),
+    "H100 PCIe": Device(756e12, 80 * 10**9),
+    "H100": Device(989.5e12, 80 * 10**9),
+    "A100": Device(312e12, 80 * 10**9),
+    "MI300X": Device(1307.4e12, 192 * 10**9),
+    "L40S": Device(362e12, 48 * 10**9),
+    "RTX 5090": Device(209.5e12, 32 * 10**9),
+    "RTX 4090": Device(165.2e12, 24 * 10**9),
+    "RTX 3090": Device(71e12, 24 * 10**9),
+}
+
+# Share of `peak_flops_per_second` that training is expected to reach, for the announced time. Upstream's d24 took 3.04
+# hours on eight H100 (2026-02-01), 0.42 of the data sheet by this count; two CPU cores gave 0.65 of a float32 product.
+EXPECTED_UTILISATION = {"cuda": 0.4, "cpu": 0.6}
+
+
+def known_device(name: str) -> Device | None:
+    """The table's entry for a name such as torch reports ("NVIDIA H100 80GB HBM3"), or None."""
+    return next((device for key, device in DEVICES.items() if key.lower() in name.lower()), None)
+
+
+def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """The rate of a large square matrix product, the best of what fits into about `seconds`: a run's upper limit."""
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 8192
+    x = torch.randn(size, size, device=device).to(dtype)  # (size, size)
+    torch.mm(x, x)  # the first product pays for setting up threads and kernels
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(x, x)
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def peak_flops_per_second(device: torch.device | str, dtype: torch.dtype) -> float:
+    """What utilisation (MFU) is measured against: the data sheet of a known GPU in bfloat16, else a measurement."""
+    device = torch.device(device)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = known_device(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.bfloat16_flops_per_second
+    return matmul_flops_per_second(device, dtype)
+
+
+def expected_seconds(flops: float, device: torch.device | str, dtype: torch.dtype, world_size: int) -> float:
+    """About how long the work takes on so many devices like this one, at the utilisation that training reaches."""
+    device = torch.device(device)
+    return flops / (peak_flops_per_second(device, dtype) * world_size * EXPECTED_UTILISATION[device.type])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

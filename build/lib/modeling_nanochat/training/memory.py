@@ -1,0 +1,184 @@
+"""The micro-batch that a device holds: bytes by formula, and one search for the rows that fit.
+
+A plan for a device that is not there asks the formula, which counts what a compiled step keeps. On the device itself
+the search goes on from the formula's answer, because kernels, fragmentation and other processes are not in it: one
+eager forward and backward pass runs on a throw-away network, with as much memory set aside as the optimizer will need,
+and the rows are halved while it does not fit. The price is some seconds before the run, and rows that only a compiled
+step holds.
+"""
+
+from collections.abc import Callable
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+
+from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
+from modeling_nanochat.training.scaling import accumulation_steps, count_parameters
+
+# Values, in units of the hidden size, that autograd keeps of one token in one block: counted with saved_tensors_hooks
+# on the compiled network (8 of them in the MLP); the eager one keeps 22. So 32 rows of d20 fit 80 GB, as upstream's do.
+SAVED_PER_LAYER = 20
+LOSS_COPIES = 3  # of one chunk of logits in float32: logits, probabilities and their gradient
+USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
+CPU_MICRO_BATCH_TOKENS = 4096  # on a CPU larger micro-batches are no faster (measured flat from 1024 to 8192)
+
+
+def memory_per_device(
+    config: NanoChatGPTConfig,
+    rows: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str = "cuda",
+) -> dict[str, int]:
+    """Estimated bytes of training on each of `world_size` devices, by use; `dtype` is that of the activations.
+
+    Master weights are float32; with bfloat16 activations the embedding tables are bfloat16 too. The optimizer's state
+    is split over the devices, weights and gradients are whole on each of them.
+    """
+    counts, size = count_parameters(config), dtype.itemsize
+    embeddings = counts.token_embedding + counts.value_embeddings
+    weights = 4 * (counts.scaling + counts.scalars) + size * embeddings
+    state = 4 * counts.matrices + 2 * (4 * counts.head + size * embeddings)  # momentum; two moments
+    casts = size * counts.scaling if size < 4 else 0
+    per_token = SAVED_PER_LAYER * config.num_hidden_layers * config.hidden_size * size
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer state": state // world_size,
+        "activations": rows * sequence_length * per_token + casts,
+        "loss": LOSS_COPIES * 4 * CHUNK_ELEMENTS[device_type] + 4 * counts.head,
+    }
+
+
+def search_rows(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest power of two that divides `most` and fits; 0 if not even one row does."""
+    rows = most & -most
+    while rows and not fits(rows):
+        rows //= 2
+    return rows
+
+
+def planned_rows(
+    config: NanoChatGPTConfig,
+    *,
+    batch_tokens: int,
+    sequence_length: int,
+    world_size: int,
+    memory_bytes: int,
+    dtype: torch.dtype,
+    device_type: str = "cuda",
+) -> int:
+    """Rows of a micro-batch by formula: as many as fit `memory_bytes` and divide the global batch.
+
+    Raises:
+        ValueError: not even one row fits, or the global batch is no whole number of rows on every device.
+    """
+    accumulation_steps(batch_tokens, 1, sequence_length, world_size)  # explains a batch that cannot be divided
+
+    def needed(rows: int) -> int:
+        return sum(memory_per_device(config, rows, sequence_length, world_size, dtype, device_type).values())
+
+    rows = search_rows(batch_tokens // (sequence_length * world_size), lambda rows: needed(rows) <= memory_bytes)
+    if not rows:
+        raise ValueError(
+            f"one row of {sequence_length} tokens needs about {needed(1) / 1e9:.1f} GB of a device's "
+            f"{memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, or FSDP"
+        )
+    return rows
+
+
+def rows_that_fit(
+    config: NanoChatGPTConfig,
+    *,
+    batch_tokens: int,
+    sequence_length: int,
+    world_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Rows of a micro-batch on this machine, the same on all ranks, which call this together: on an accelerator as many
+    as it holds, on a CPU no more than make it faster.
+
+    Raises:
+        ValueError: not even one row fits, or the global batch is no whole number of rows on every device.
+    """
+    rows = planned_rows(
+        config,
+        batch_tokens=batch_tokens,
+        sequence_length=sequence_length,
+        world_size=world_size,
+        memory_bytes=usable_memory(device, world_size),
+        dtype=dtype,
+        device_type=device.type,
+    )
+    if device.type == "cpu":
+        rows = search_rows(rows, lambda rows: rows == 1 or rows * sequence_length <= CPU_MICRO_BATCH_TOKENS)
+    else:
+        reserved = memory_per_device(config, rows, sequence_length, world_size, dtype)["optimizer state"]
+        rows = rows_that_run(config, rows, sequence_length, device, dtype, reserved)
+    return min(gather_object([rows]))
+
+
+def usable_memory(device: torch.device, world_size: int) -> int:
+    """Bytes of a device that a run may take; the processes of a run on CPUs share what is free."""
+    if device.type == "cuda":
+        return int(USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().available // world_size
+
+
+def rows_that_run(
+    config: NanoChatGPTConfig,
+    most: int,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    reserved_bytes: int,
+) -> int:
+    """At most `most` rows, of which a training step really runs on the device; `ValueError` if not even one does."""
+    rows = search_rows(most, lambda rows: one_step_fits(config, rows, sequence_length, device, dtype, reserved_bytes))
+    if not rows:
+        raise ValueError(
+            f"{device} ran out of memory with a single row of {sequence_length} tokens of this network; "
+            "expected a smaller depth, a shorter sequence_length, more devices, or nothing else running there"
+        )
+    return rows
+
+
+def one_step_fits(
+    config: NanoChatGPTConfig,
+    rows: int,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    reserved_bytes: int,
+) -> bool:
+    """Whether a training step of so many rows fits the device, beside `reserved_bytes` for the optimizer's state."""
+    try:
+        run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:  # the step's tensors are gone with its frame; give their memory back
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_one_step(
+    config: NanoChatGPTConfig,
+    rows: int,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    reserved_bytes: int,
+) -> None:
+    """Forward and backward of a fresh network on zeros, beside an allocation of `reserved_bytes`."""
+    with device:
+        model = NanoChatGPTForCausalLM(config).train()
+        reserved = torch.empty(reserved_bytes, dtype=torch.uint8)
+        ids = torch.zeros(rows, sequence_length, dtype=torch.int64)  # (B, T)
+    model.set_activation_dtype(dtype)
+    model(input_ids=ids, shift_labels=ids).loss.backward()
+    del reserved

@@ -1,0 +1,145 @@
+"""Checkpoints that appear whole or not at all, with every rank's share of the optimizer's state.
+
+Everything is written into a folder that no reader looks at, flushed to disk, and renamed when all ranks are done; a
+checkpoint on its way out is renamed before it is deleted. So a process may be killed at any moment, also in the middle
+of saving, and every folder named `checkpoint-N` is complete. The price is one pass of flushing for each checkpoint.
+All ranks must see the same file system.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
+
+from modeling_nanochat.training.whole_files import STAGING, damage, whole_folder, write_checksums
+
+OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
+
+
+class WholeCheckpointsMixin:
+    """Goes before a Trainer class, whose way of saving it replaces: the Trainer's writes in place, and rank 0's share
+    of a sharded optimizer only. FSDP keeps its own files for the optimizer."""
+
+    def save_position(self, folder: Path) -> None:
+        """For trainers whose data knows its position: called on every rank with the folder of a checkpoint."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        self.store_flos()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
+        with whole_folder(target, is_main_process=is_main, barrier=barrier, seal=write_checksums) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.save_position(folder)
+            self.state.stateful_callbacks |= {
+                type(each).__name__: each.state()
+                for each in (*self.callback_handler.callbacks, self.control)
+                if isinstance(each, ExportableState)
+            }
+            if is_main:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if is_main:
+            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def whole_model(self) -> PreTrainedModel:
+        """The network with all its weights, to be saved: the one in training, but under FSDP, where all ranks must
+        call this, the main process gets a gathered copy of the class that was sharded (the others one without values).
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        weights = self.accelerator.get_state_dict(self.model)
+        sharded = type(self.accelerator.unwrap_model(self.model))  # FSDP2 makes a class of it and of FSDPModule
+        original = next(base for base in sharded.__mro__[1:] if issubclass(base, PreTrainedModel))
+        with torch.device("meta"):
+            whole = original(self.model.config)
+        if self.is_world_process_zero():
+            whole.load_state_dict(weights, assign=True)
+        return whole
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        whole = self.whole_model()
+        if self.is_world_process_zero():
+            whole.save_pretrained(output_dir or self.args.output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        rank, ranks = self.args.process_index, self.args.world_size
+        torch.save(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_SHARD.format(rank, ranks))
+        if self.is_world_process_zero():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and counters come from the checkpoint; rates, betas and decays stay as the settings have them now."""
+        if checkpoint is None:
+            return
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        if self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            rank, ranks = self.args.process_index, self.args.world_size
+            optimizer = self.optimizer.optimizer  # without accelerate's wrapper
+            optimizer.load_state_dict(load_optimizer_state(Path(checkpoint), rank, ranks, optimizer.merge_state_dicts))
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        scheduler_state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler_state)
+
+
+def load_optimizer_state(
+    checkpoint: Path, rank: int, ranks: int, merge: Callable[[list[dict[str, Any]]], dict[str, Any]]
+) -> dict[str, Any]:
+    """This rank's share of the state; or the whole, merged of all shares, if another number of ranks wrote it.
+
+    Raises:
+        ValueError: the checkpoint holds no shards, or not all of them.
+    """
+    shards = sorted(checkpoint.glob("optimizer_*_of_*.pt"))
+    written_by = int(shards[0].stem.rsplit("_", 1)[1]) if shards else 0
+    if not shards or len(shards) != written_by:
+        raise ValueError(
+            f"{checkpoint} holds {len(shards)} shards of the optimizer, expected {written_by or 'at least one'}"
+        )
+    if written_by == ranks:
+        return torch.load(shards[rank], map_location="cpu", weights_only=True)
+    return merge([torch.load(shard, map_location="cpu", weights_only=True) for shard in shards])
+
+
+def latest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | None = None) -> str | None:
+    """The checkpoint of the highest step in `output_dir`, or None.
+
+    Args:
+        output_dir: folder of a run.
+        say: if given, every file is read and held against its checksum; a damaged checkpoint is passed over, and said.
+    """
+    if not os.path.isdir(output_dir):
+        return None
+    for checkpoint in reversed(sort_checkpoints(str(output_dir))):
+        found = damage(Path(checkpoint)) if say is not None else None
+        if found is None:
+            return checkpoint
+        say(f"{checkpoint} is damaged, so it is passed over: {found}")
+    return None
+
+
+def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
+    """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all."""
+    for old in sort_checkpoints(str(output_dir))[: -keep if keep else 0]:
+        doomed = Path(output_dir) / STAGING / Path(old).name
+        doomed.parent.mkdir(exist_ok=True)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed.parent)

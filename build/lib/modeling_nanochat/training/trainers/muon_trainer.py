@@ -1,0 +1,106 @@
+"""What all trainers here do alike, mixed into the Trainer they extend: float32 weights under activations of another
+dtype, MuonAdamW with its group schedule, no clipping, and no DDP.
+
+The optimizer reduces its own gradients (ZeRO-2), so the model stays unwrapped and rank 0's weights are broadcast once;
+under FSDP2 it takes the sharded parameters as they come. Gradient norms are not computed: they cost a pass over all
+gradients and nothing needs them. The price is that these are the Trainer's private hooks, which hold for the pinned
+version.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.optimizer.groups import build_param_groups
+from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
+from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
+from modeling_nanochat.training.trainers.progress_line import show_progress_line
+from modeling_nanochat.training.trainers.stopping import (
+    StopOnSignal,
+    Stopped,
+    refuse_loss_that_is_no_number,
+    refuse_weights_that_are_no_numbers,
+)
+
+
+class MuonTrainerMixin:
+    """Goes before a Trainer class; the trainer calls `set_up_muon` once its constructor has run.
+
+    `param_group_settings` go to `build_param_groups`, `schedules` to `GroupScheduler`.
+    """
+
+    param_group_settings: dict[str, Any]
+    schedules: dict[str, Schedule]
+
+    @property
+    def optimizer_era(self) -> str:
+        """Whose optimizer it is: as the settings say, else that of the network."""
+        return self.args.optimizer_era or self.model.config.init_scheme
+
+    def set_up_muon(self, activation_dtype: str) -> None:
+        self.activation_dtype = choose_dtype(activation_dtype, self.args.device, "activation_dtype")
+        model = self.accelerator.unwrap_model(self.model)
+        model.set_activation_dtype(self.activation_dtype)
+        self.accelerator.print(choose_attention(model, self.args.device, training=True))
+        if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.model_accepts_loss_kwargs = True
+        show_progress_line(self)
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's; stops for SIGTERM and Ctrl-C with a checkpoint.
+
+        Raises:
+            Stopped: a signal came before the last step.
+            ValueError: a loss or a weight is not finite.
+        """
+        stop = StopOnSignal()
+        self.callback_handler.callbacks.insert(0, stop)  # before those that look at what is asked for
+        stop.install()
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            stop.restore()
+            self.remove_callback(stop)
+        if stop.number is not None:
+            raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
+        refuse_weights_that_are_no_numbers(self)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        refuse_loss_that_is_no_number(self, logs)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        refuse_weights_that_are_no_numbers(self)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = MuonAdamW(build_param_groups(model or self.model, **self.param_group_settings))
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = GroupScheduler(optimizer or self.optimizer, num_training_steps, **self.schedules)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # for evaluation, which does not go through `forward`
+            register_fsdp_forward_method(self.model, "token_losses")
+        elif self.args.world_size > 1:  # DDP would have done this
+            for parameter in self.model.parameters():
+                dist.broadcast(parameter.data, src=0)
+        return prepared
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
+        """None: nothing needs the norm."""

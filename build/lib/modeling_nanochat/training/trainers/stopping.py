@@ -1,0 +1,107 @@
+"""How a run ends early: by a signal, with a checkpoint; or by a number that is not finite, before one is spoilt.
+
+SIGTERM and Ctrl-C let the step in progress end, save a checkpoint on all ranks, and raise `Stopped`; a second signal
+acts at once. Several ranks agree now and then (`STEPS_BETWEEN_AGREEMENTS`), as a signal may reach them in different
+steps: that costs one number a few steps, and is the bound within which they stop.
+
+A loss that is no number, or a weight that is none when a checkpoint is due, raises an error that names step and tensor.
+Losses are looked at when they are logged and weights when they are saved: no step waits for a check. So the checkpoints
+there are stay good, and none is rotated away for a spoilt one.
+"""
+
+import math
+import signal
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
+
+STEPS_BETWEEN_AGREEMENTS = 8
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """A run was stopped by a signal, after saving a checkpoint."""
+
+    def __init__(self, number: int, step: int, steps: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step} of {steps}, which is saved")
+        self.number = number
+
+
+class StopOnSignal(TrainerCallback):
+    """Catches the signals between `install` and `restore`; `number` is the one the run has stopped for, else None."""
+
+    def __init__(self):
+        self.received = 0
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.receive) for number in CAUGHT}
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(number, self.before[number] or signal.SIG_DFL)  # the next one acts at once
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self.before = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed(args, state.global_step) and state.global_step < state.max_steps:
+            self.number = self.received
+            control.should_save = control.should_training_stop = True
+
+    def agreed(self, args, step: int) -> bool:
+        """Whether any rank was asked to stop; asked of all at the same steps."""
+        if args.world_size > 1:
+            if step % STEPS_BETWEEN_AGREEMENTS:
+                return False
+            received = torch.tensor(self.received, device=args.device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            self.received = int(received)
+        return self.received > 0
+
+
+def refuse_loss_that_is_no_number(trainer: Trainer, logs: dict[str, Any]) -> None:
+    """`ValueError` if a loss among the figures to be logged is not finite."""
+    for name, value in logs.items():
+        if isinstance(value, float) and name.endswith(("loss", "bits_per_byte")) and not math.isfinite(value):
+            tensor = first_not_finite(trainer.model)
+            cause = f"; {tensor} holds numbers that are not finite" if tensor else "; all weights are finite"
+            raise ValueError(f"{name} is {value} at step {trainer.state.global_step}{cause}. {last_good(trainer)}")
+
+
+def refuse_weights_that_are_no_numbers(trainer: Trainer) -> None:
+    """`ValueError` if a weight is not finite: on every rank, whichever holds the tensor."""
+    tensor = first_not_finite(trainer.model)
+    spoilt = torch.tensor(tensor is not None, dtype=torch.int32, device=trainer.args.device)
+    if trainer.args.world_size > 1:
+        dist.all_reduce(spoilt, dist.ReduceOp.MAX)
+    if spoilt:
+        raise ValueError(
+            f"{tensor or 'a weight on another rank'} is not finite at step {trainer.state.global_step}, so it is not "
+            f"saved. {last_good(trainer)}"
+        )
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter with a number that is not finite, in this rank's share of it."""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not torch.isfinite(local.detach()).all():
+            return name
+    return None
+
+
+def last_good(trainer: Trainer) -> str:
+    checkpoint = latest_checkpoint(trainer.args.output_dir)
+    kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    return f"{kept}; expected lower learning rates"
