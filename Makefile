@@ -11,7 +11,7 @@ CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench clean
+.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench clean fault-test
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,8 @@ test-versions: .venv/.installed ## the quick tests on the lowest and on the newe
 		$(UV) pip install --python .versions/$$resolution --editable '.[demo,dev]' && \
 		HF_HUB_OFFLINE=1 .versions/$$resolution/bin/python -m pytest -n 2 -m 'not slow' || exit 1; \
 	done
+fault-test: .venv/.installed ## every stage killed, stopped, damaged and disturbed; minutes
+	$(BIN)/python -m tests.faults.run
 
 lint: .venv/.installed ## ruff: style and format
 	$(BIN)/ruff check .
