@@ -71,7 +71,10 @@ class DataArguments:
         metadata={"help": "Parts of the multiple-choice evaluation."},
     )
     human_eval: str = field(
-        default=EMBEDDED, metadata={"help": "'embedded', or the data set on the Hub that has the problems."}
+        default=EMBEDDED, metadata={"help": "'embedded', the data set on the Hub that has the problems, or 'none'."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows of data sets that cannot be read, and count them."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of every shuffle and of everything generated."})
 
@@ -100,7 +103,7 @@ def prepare(arguments: DataArguments) -> None:
             write_embedded_text(arguments, archives, partial / "pretrain")
         elif arguments.pretrain != "none":
             download_shards(arguments.pretrain, arguments.shards, partial / "pretrain")
-        write_rows(arguments, parts, archives, partial)
+        bad_rows = write_rows(arguments, parts, archives, partial)
         write_notice(partial / "NOTICE", wheels, archives)
         files = describe_files(partial)
         record = {"sources": [asdict(wheel) for wheel in wheels], "arguments": asdict(arguments), "files": files}
@@ -110,7 +113,11 @@ def prepare(arguments: DataArguments) -> None:
         raise ValueError(f"could not write the data to {output}: {error}; nothing there was changed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    stage.finish({name: facts["rows"] for name, facts in files.items()})
+    results = {name: facts["rows"] for name, facts in files.items()}
+    if bad_rows:
+        stage.say(f"{len(bad_rows)} rows cannot be read and are left out, the first: {bad_rows[0]}")
+        results["rows left out"] = len(bad_rows)
+    stage.finish(results)
 
 
 def used_wheels(arguments: DataArguments, parts: dict[str, list[Part]]) -> list[DataWheel]:
@@ -189,9 +196,10 @@ def write_rows(
     """Everything that is not pretraining text, in JSON lines, each file in a fixed random order."""
     words = embedded_data.frequent_words(archives, SPELLING_WORDS) if archives else []
     loaded = {}
+    bad_rows: list[str] | None = [] if arguments.skip_bad_rows else None
     for number, use in enumerate(USES):
         seed = arguments.seed * len(USES) + number  # so that generators make other rows for every use
-        loaded[use] = [(part, load_part(part, archives, words, seed)) for part in parts[use]]
+        loaded[use] = [(part, load_part(part, archives, words, seed, bad_rows)) for part in parts[use]]
     questions = [row for _, rows in loaded["multiple_choice"] for row in rows]
     problems = list({first_question(row): row for _, rows in loaded["rl_validation"] for row in rows}.values())
     held_out = {first_question(row) for row in (*questions, *problems)}
@@ -210,6 +218,7 @@ def write_rows(
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return bad_rows or []
 
 
 def divide(
@@ -235,6 +244,8 @@ def as_conversation(row: Json) -> Json:
 
 
 def programming_problems(name: str, archives: embedded_data.Archives) -> list[Json]:
+    if name == "none":
+        return []
     if name == EMBEDDED:
         return embedded_data.human_eval(archives)
     return list(load_streaming(name, split="test"))

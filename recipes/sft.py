@@ -31,6 +31,7 @@ from modeling_nanochat.recipes.stages.token_colors import colored_row
 from modeling_nanochat.tokenization_nanochat_gpt import render_prompt
 from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.data.conversations import ConversationFile
+from modeling_nanochat.training.trainers.lora import merged
 from modeling_nanochat.training.trainers.pretrain import Evaluation
 from modeling_nanochat.training.trainers.settings import check_range
 from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer
@@ -98,7 +99,7 @@ def main() -> None:
     model, tokenizer = load_checkpoint(arguments.model)
     train = ConversationFile(files[0], config.seed, arguments.max_conversations)
     validation = ConversationFile(files[1], config.seed, arguments.validation_conversations)
-    if not len(validation) and config.eval_strategy != "no":
+    if not len(validation):
         stage.say(f"the validation split {files[1]} is empty: no validation loss")
         config.eval_strategy = "no"
     samples = SampleAnswers(tokenizer, watch.sample_prompts)
@@ -116,6 +117,7 @@ def main() -> None:
     after = trainer.evaluate()
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():
+        whole = merged(whole, config.output_dir)
         save_checkpoint(whole, tokenizer, config.output_dir)
         shutil.rmtree(Path(config.output_dir, "packed"))
     stage.finish(results_of(trainer, before, after), trainer.state.log_history, samples.taken)
@@ -181,6 +183,7 @@ def announce(stage: Stage, trainer: NanoChatSFTTrainer) -> None:
         batch=f"{config.per_device_train_batch_size} x {config.max_length} tokens x "
         f"{config.gradient_accumulation_steps} x {config.world_size} device(s)",
         flops=flops,
+        init_lr_frac=trainer.init_lr_frac,
         activations=str(trainer.activation_dtype).removeprefix("torch."),
         seconds=devices.expected_seconds(flops, config.device, trainer.activation_dtype, config.world_size),
     )

@@ -1,13 +1,14 @@
 """Spelling: what a model of tokens cannot see, the letters of a word, taught letter by letter.
 
-Two kinds of conversations about the words given: spelling a word out, and counting a letter in it. Counting is done
+Two tasks about the words given: spelling a word out, and counting a letter in it (upstream's simple spelling and
+spelling bee; words and wordings are ours). Counting is done
 twice, by spelling and marking every hit, and by the calculator (`'strawberry'.count('r')`); questions come in many
 wordings and several languages, so that the skill is not tied to a phrase. The solution costs about eight tokens a
 letter: long words are long examples.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_LETTERS = 15  # longer words are rare, and their solutions do not fit a short context
@@ -45,21 +46,23 @@ COUNT_QUESTIONS = (
 )
 
 
-def generate(words: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """Rows {"messages", ...} without end, half spelling and half counting, the same for the same words and seed."""
-    rng = random.Random(seed)
-    words = usable_words(words)
-    while True:
-        word = rng.choice(words)
-        yield spell(word, rng) if rng.random() < 0.5 else count_letter(word, rng)
+def spelling_problems(words: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
+    """Rows {"messages"} of spelling alone, without end, the same for the same words and seed."""
+    return rows_about(words, seed, spell)
 
 
 def counting_problems(words: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """Rows {"messages", "answer"} of counting alone, for evaluation."""
+    """Rows {"messages", "answer"} of counting alone."""
+    return rows_about(words, seed, count_letter)
+
+
+def rows_about(
+    words: Sequence[str], seed: int, make: Callable[[str, random.Random], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
     words = usable_words(words)
     while True:
-        yield count_letter(rng.choice(words), rng)
+        yield make(rng.choice(words), rng)
 
 
 def usable_words(words: Sequence[str]) -> list[str]:

@@ -22,7 +22,8 @@ from modeling_nanochat.training.data.documents import find_files, load_streaming
 
 FORMATS = ("messages", "multiple_choice", "gsm8k")
 EMBEDDED = ("dialogues", "multiple_choice")
-GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", "spelling")
+SPELLING = {"simple_spelling": spelling.spelling_problems, "spelling_bee": spelling.counting_problems}
+GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", *SPELLING)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Part:
 
     Attributes:
         name: `dialogues` or `multiple_choice` of the embedded data; `arithmetic`, `mental_arithmetic` (no calculator),
-            `reasoning_gym` or `spelling`, which code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
+            `reasoning_gym`, `simple_spelling` (words letter by letter) or `spelling_bee` (how many r are in
+            strawberry), which code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
         rows: how many rows to take; all if None (a generator needs a number).
         repeat: how many times each row comes in an epoch.
         format: how rows of a data set are read: `messages`, `multiple_choice` (MMLU's and ARC's columns) or `gsm8k`.
@@ -57,7 +59,7 @@ class Part:
     @property
     def is_embedded(self) -> bool:
         """Whether it reads the embedded data (spelling takes its words from there)."""
-        return self.name in (*EMBEDDED, "spelling")
+        return self.name in (*EMBEDDED, *SPELLING)
 
 
 def read_parts(entries: Iterable[dict[str, Any] | str]) -> list[Part]:
@@ -73,16 +75,23 @@ def read_parts(entries: Iterable[dict[str, Any] | str]) -> list[Part]:
     return parts
 
 
-def load_part(part: Part, archives: embedded_data.Archives, words: list[str], seed: int) -> list[dict[str, Any]]:
-    """The rows of a part, each with its `source`; `repeat` is left to the caller, as held-out rows come once."""
-    rows = (row for row in open_part(part, archives, words, seed) if fits(row, part.max_characters))
+def load_part(
+    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a part, each with its `source`; `repeat` is left to the caller, as held-out rows come once.
+
+    A row that is not of the part's format is an error, or what is wrong with it is added to `bad_rows`.
+    """
+    rows = (row for row in open_part(part, archives, words, seed, bad_rows) if fits(row, part.max_characters))
     if part.name in EMBEDDED:  # in no particular order of the corpus
         rows = list(rows)
         random.Random(seed).shuffle(rows)
     return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row"))
 
 
-def open_part(part: Part, archives: embedded_data.Archives, words: list[str], seed: int) -> Iterator[dict[str, Any]]:
+def open_part(
+    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: list[str] | None
+) -> Iterator[dict[str, Any]]:
     if part.name == "dialogues":
         return ({"messages": messages, "source": part.name} for messages in embedded_data.dialogues(archives))
     if part.name == "multiple_choice":
@@ -94,26 +103,30 @@ def open_part(part: Part, archives: embedded_data.Archives, words: list[str], se
         return ({**arithmetic.in_the_head(row), "source": part.name} for row in arithmetic.generate(seed))
     if part.name == "reasoning_gym":
         return ({**row, "source": part.name} for row in arithmetic.generate_reasoning_gym(seed))
-    if part.name == "spelling":
-        return ({"messages": row["messages"], "source": part.name} for row in spelling.generate(words, seed))
-    return open_data_set(part)
+    if part.name in SPELLING:
+        return ({**row, "source": part.name} for row in SPELLING[part.name](words, seed))
+    return open_data_set(part, bad_rows)
 
 
-def open_data_set(part: Part) -> Iterator[dict[str, Any]]:
-    """Rows of a data set on the Hub or of local files, brought to one form."""
+def open_data_set(part: Part, bad_rows: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Rows of a data set on the Hub or of local files, brought to one form; `bad_rows` as in `load_part`."""
     files = find_files([part.name])
     if files:
         kind = "parquet" if files[0].suffix == ".parquet" else "json"
         rows = load_streaming(kind, files=files)
     else:
         rows = load_streaming(part.name, split=part.split)
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         try:
-            yield {**read_row(row, part.format), "source": part.name}
+            found = read_row(row, part.format)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{part.name} has a row that is not of format {part.format!r} ({error!r}): {row}"
-            ) from error
+            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            wrong = f"{part.name}, row {number}, is not of format {part.format!r}: {' '.join(reason.split())[:400]}"
+            if bad_rows is None:
+                raise ValueError(f"{wrong}. --skip_bad_rows true leaves such rows out and counts them") from error
+            bad_rows.append(wrong)
+            continue
+        yield {**found, "source": part.name}
 
 
 def read_row(row: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -94,7 +94,13 @@ def arguments(cache, tmp_path) -> DataArguments:
         shards=2,
         document_characters=150,
         validation_share=0.2,
-        sft=[arithmetic, '{"name": "dialogues", "repeat": 3}', "multiple_choice", '{"name": "spelling", "rows": 20}'],
+        sft=[
+            arithmetic,
+            '{"name": "dialogues", "repeat": 3}',
+            "multiple_choice",
+            '{"name": "simple_spelling", "rows": 10}',
+            '{"name": "spelling_bee", "rows": 10}',
+        ],
         rl=['{"name": "arithmetic", "rows": 300}'],
         rl_validation=[arithmetic],
     )
@@ -120,7 +126,13 @@ def test_everything_is_written_and_accounted_for(arguments, capsys):
     for name, facts in manifest["files"].items():
         content = (output / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (facts["bytes"], facts["sha256"])
-    assert manifest["files"]["sft/train.jsonl"]["sources"].keys() >= {"arithmetic", "dialogues", "spelling", "boolq"}
+    assert manifest["files"]["sft/train.jsonl"]["sources"].keys() >= {
+        "arithmetic",
+        "dialogues",
+        "simple_spelling",
+        "spelling_bee",
+        "boolq",
+    }
     assert {source["package"] for source in manifest["sources"]} == set(WHEELS)
     assert all(f"Licence of {package}" in (output / "NOTICE").read_text() for package in WHEELS)
     assert [len(shard) > 0 for shard in shards(arguments)] == [True] * 3
@@ -191,7 +203,7 @@ def failing(arguments: DataArguments, complaint: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stage.begun.json")
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("stage."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -257,8 +269,25 @@ def test_own_files_in_every_format(arguments, tmp_path):
     assert choices == [(["p", "q"], 1), (["x", "y"], 1)]
     assert not (Path(own.output_dir) / "pretrain").exists()
     Path(names["chat"]).write_text(lines([{"messages": chat["messages"][1:]}]))
-    failing(own, "chat.jsonl has a row that is not of format 'messages'(?s:.*)roles must go")
-    failing(dataclasses.replace(own, sft=[{"name": names["arc"]}]), "arc.jsonl has a row that is not of format")
+    failing(own, "chat.jsonl, row 1, is not of format 'messages': roles must go")
+    failing(dataclasses.replace(own, sft=[{"name": names["arc"]}]), "arc.jsonl, row 1, is not of format")
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_counted_if_the_user_says_so(arguments, tmp_path, capsys):
+    file = tmp_path / "chat.jsonl"
+    good = [
+        {"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "x"}]} for n in NUMBERS
+    ]
+    bad = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
+    file.write_text(lines([good[0], bad, *good[1:]]))
+    own = DataArguments(
+        output_dir=arguments.output_dir, cache_dir=arguments.cache_dir, pretrain="none", sft=[{"name": str(file)}],
+        validation_share=0.0, skip_bad_rows=True,
+    )  # fmt: skip
+    prepare(own)
+    assert len(read(own, "sft/train.jsonl")) == len(good)
+    assert "1 rows cannot be read and are left out, the first:" in capsys.readouterr().out
+    failing(dataclasses.replace(own, skip_bad_rows=False), "chat.jsonl, row 2, is not of format 'messages': a text is")
 
 
 def test_shards_of_a_hub_data_set(arguments, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation
 from modeling_nanochat.training.data.conversations import ConversationFile, write_rows
 from modeling_nanochat.training.tokenizer import train_tokenizer
+from modeling_nanochat.training.trainers.lora import ADAPTED, merged
 from modeling_nanochat.training.trainers.pretrain import Evaluation
 from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer, WholeBatches
 from tests.ranks import run_two_ranks
@@ -333,3 +334,25 @@ def test_evaluations_of_the_recipe_run_when_they_are_due(tmp_path):
     assert trainer.evaluate() == {"eval_chat_core": 0.5}
     assert seen == [2, 4, 5]
     assert not any("eval_loss" in line for line in trainer.state.log_history)
+
+
+def test_adapters_are_trained_saved_resumed_and_merged(tmp_path):
+    start = {name: weight.clone() for name, weight in make_model().named_parameters()}
+    ended = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, lora_rank=4)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ended.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
+    assert all(torch.equal(weight, ended[1][name]) for name, weight in ended[0].items())
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss < before
+    files = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    batch = {name: torch.tensor(values) for name, values in trainer.eval_dataset[:3].items()}
+    logits = trainer.model(input_ids=batch["input_ids"]).logits
+    whole = merged(trainer.model, tmp_path)
+    assert type(whole) is NanoChatGPTForCausalLM and (tmp_path / "adapter" / "adapter_config.json").exists()
+    torch.testing.assert_close(whole(input_ids=batch["input_ids"]).logits, logits, atol=1e-4, rtol=1e-4)
+    moved = {name for name, weight in whole.named_parameters() if not torch.equal(weight, start[name])}
+    assert moved and all(any(part in name for part in ADAPTED) for name in moved)

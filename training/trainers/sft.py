@@ -33,8 +33,15 @@ from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.conversations import PackedConversations, rows_for_all_ranks, write_rows
+from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import sft_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
+from modeling_nanochat.training.trainers.lora import (
+    LORA_SETTINGS,
+    LoraArguments,
+    lora_param_groups,
+    with_adapters,
+)
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.pretrain import Evaluation
 from modeling_nanochat.training.trainers.settings import (
@@ -45,21 +52,36 @@ from modeling_nanochat.training.trainers.settings import (
     check_range,
 )
 
+USUAL_ROWS = 16  # of a device's micro-batch
+STEPS_AT_LEAST = 60  # that small data should give, by smaller batches
+# The square root of the batch suits long runs. A short one has too few steps to get anywhere at a small batch's rates:
+# it takes those of this batch at least (measured on ten conversations and on the demo: half of it learns nothing new,
+# twice of it forgets; docs/finetuning.md).
+SHORT_RUN_STEPS, SHORT_RUN_BATCH_TOKENS = 1000, 65_536
+
 
 @dataclass
-class NanoChatSFTConfig(MuonArguments, SFTConfig):
+class NanoChatSFTConfig(MuonArguments, LoraArguments, SFTConfig):
     """Settings of `NanoChatSFTTrainer`: TRL's own, and those of the optimizer's groups.
 
     A batch is `per_device_train_batch_size` rows for each device and accumulation step.
     """
 
-    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | {
+    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | LORA_SETTINGS | {
         "dataset_num_proc", "average_tokens_across_devices", "packing", "padding_free", "assistant_only_loss",
         "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
     }  # fmt: skip
 
-    init_lr_frac: float = field(
-        default=1.0, metadata={"help": "Learning rates at the start, as a fraction of pretraining's."}
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of a micro-batch; by default 16, or fewer if small data would give under 60 steps."},
+    )
+    init_lr_frac: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates at the start, as a fraction of pretraining's; by default 1, and more for a short "
+            "run in small batches."
+        },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
@@ -79,6 +101,7 @@ class NanoChatSFTConfig(MuonArguments, SFTConfig):
 
     def check_ranges(self) -> None:
         super().check_ranges()
+        self.check_lora_ranges()
         check_range(self, "dataset_num_proc", 1)
         check_fine_tuning_ranges(self)
         check_range(self, "warmdown_ratio", 0, 1)
@@ -152,6 +175,9 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         self.evaluations = evaluations
         train_rows = self.pack("train", train_dataset, args, processing_class)
         eval_rows = None if eval_dataset is None else self.pack("eval", eval_dataset, args, processing_class)
+        args.per_device_train_batch_size = args.per_device_train_batch_size or rows_of_micro_batch(
+            args, len(train_rows)
+        )
         batch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if len(train_rows) < batch_rows:
             raise ValueError(
@@ -160,7 +186,7 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
                 "max_length"
             )
         super().__init__(
-            model=model,
+            model=with_adapters(model, args),
             args=args,
             train_dataset=train_rows,
             eval_dataset=eval_rows if eval_rows is not None and len(eval_rows) else None,
@@ -173,11 +199,12 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         self.last_logged_step: int | None = None
         self.batch_rows, self.rows_left_out = batch_rows, len(train_rows) % batch_rows
         self.batch_tokens = batch_rows * args.max_length
+        self.init_lr_frac = self.choose_init_lr_frac()
         self.flops_per_token = scaling.flops_per_token(model.config, args.max_length)
         self.param_group_settings = {
             "era": self.optimizer_era,
             "batch_tokens": self.batch_tokens,
-            "init_lr_frac": args.init_lr_frac,
+            "init_lr_frac": self.init_lr_frac,
             "weight_decay": 0.0,
             "polar_dtype": args.polar_dtype,
         }
@@ -281,6 +308,18 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
             self.log(dict(others))
         return metrics | others
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.args.lora_rank and self.optimizer is None:
+            self.optimizer = MuonAdamW(lora_param_groups(model or self.model, self.args))
+        return super().create_optimizer(model)
+
+    def choose_init_lr_frac(self) -> float:
+        """As the settings say; else 1, or in a short run of small batches what makes up for their rates."""
+        if self.args.init_lr_frac is not None:
+            return self.args.init_lr_frac
+        short = self.planned_steps <= SHORT_RUN_STEPS
+        return max(1.0, math.sqrt(SHORT_RUN_BATCH_TOKENS / self.batch_tokens)) if short else 1.0
+
     @property
     def planned_steps(self) -> int:
         """Optimizer steps of the run."""
@@ -291,3 +330,10 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         return self.flops_per_token * inputs["input_ids"].numel()
+
+
+def rows_of_micro_batch(args: NanoChatSFTConfig, rows: int) -> int:
+    """The usual number, or as many as leave small data enough steps."""
+    rows_of_run = rows if args.max_steps > 0 else rows * args.num_train_epochs
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    return max(1, min(USUAL_ROWS, int(rows_of_run / STEPS_AT_LEAST / micro_batches)))
