@@ -20,7 +20,7 @@ PACKAGES = ["modeling_nanochat"] + [
 
 TOKENIZER = ["rustbpe>=0.1", "tiktoken>=0.11"]
 TRAIN = [*TOKENIZER, "accelerate>=1.10.1", "datasets>=4.7", "pyarrow>=21", "trl>=1.16,<1.17", "pyyaml>=6"]
-EVAL = ["datasets>=4.7", "lm-eval>=0.4.9", "pyyaml>=6"]
+EVAL = ["datasets>=4.7", "evaluate>=0.4.6", "lm-eval>=0.4.9", "pyyaml>=6"]
 CHAT = ["fastapi", "uvicorn", "pydantic", "openai", "rich"]
 
 setup(
@@ -33,9 +33,15 @@ setup(
     package_dir={f"modeling_nanochat.{folder}": folder for folder in FOLDERS},
     package_data={
         "modeling_nanochat": ["*.jinja"],
+        "modeling_nanochat.eval": ["lm_eval_tasks/*.yaml"],
         "modeling_nanochat.recipes": ["configs/**/*.yaml", "accelerate/*.yaml", "*.sh", "serving/*.html"],
     },
-    entry_points={"console_scripts": ["nanochat = modeling_nanochat.recipes.command_line:main"]},
+    entry_points={
+        "console_scripts": [
+            "nanochat = modeling_nanochat.recipes.command_line:main",
+            "nanochat-eval = modeling_nanochat.eval.lm_eval_model:main",
+        ]
+    },
     install_requires=["torch>=2.13", "transformers>=5.21,<6", "tokenizers>=0.23.1", "safetensors>=0.8"],
     extras_require={
         "train": TRAIN,

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.eval.core.bundle import CoreTask, Example, load_examples, read_tasks
-from modeling_nanochat.eval.core.scores import evaluate_task
+from modeling_nanochat.eval.core.prompts import make_questions
+from modeling_nanochat.eval.core.scores import answer
 from modeling_nanochat.eval.span_scores import SpanScorer
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text
 from modeling_nanochat.training.tokenizer import train_tokenizer
@@ -129,11 +130,11 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argument
         start = clock()
         slow = [slow_answer(model, tokenizer, task, examples, index) for index in range(count)]
         middle = clock()
-        fast = evaluate_task(scorer, tokenizer, task, max_examples=count, quiet=True).answers
+        fast = answer(scorer, make_questions(task, examples, tokenizer))
         seconds = (middle - start, clock() - middle)
         totals = [total + part / count * whole for total, part in zip(totals, seconds)]
-        equal = sum(answer.correct == correct for answer, (_, correct) in zip(fast, slow))
-        error = max(abs(a - b) for answer, (scores, _) in zip(fast, slow) for a, b in zip(answer.scores, scores))
+        equal = sum(own.correct == correct for own, (_, correct) in zip(fast, slow))
+        error = max(abs(a - b) for own, (scores, _) in zip(fast, slow) for a, b in zip(own.scores, scores))
         ms = [1000 * part / count for part in seconds]
         ratio = seconds[0] / seconds[1]
         print(f"{task.label:34}{count:9}{ms[0]:9.1f}{ms[1]:9.1f}{ratio:7.1f}  {equal} of {count}, {error:.1e}")

@@ -33,7 +33,14 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.evaluation.arguments import ChatTaskArguments, CoreArguments, EvaluateArguments
 from modeling_nanochat.recipes.evaluation.core import core_tasks
 from modeling_nanochat.recipes.evaluation.identity import identify
-from modeling_nanochat.recipes.evaluation.measures import SAMPLES_SHOWN, TASKS, Record, Subject, measure, questions
+from modeling_nanochat.recipes.evaluation.measures import (
+    SAMPLES_SHOWN,
+    Record,
+    Subject,
+    check_tasks,
+    measure,
+    questions,
+)
 from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.tables import text_table
@@ -82,12 +89,10 @@ def main() -> None:
 
 def check(arguments: EvaluateArguments) -> None:
     """`ValueError` for tasks and models that do not exist, before anything is loaded."""
-    unknown = sorted(set(arguments.tasks) - set(TASKS))
-    if unknown or not arguments.tasks or not arguments.models:
-        raise ValueError(
-            f"expected at least one model and tasks among {', '.join(TASKS)}; got models {arguments.models} and tasks "
-            f"{arguments.tasks}"
-        )
+    texts = {"bits_per_byte"} if arguments.text else set()
+    check_tasks(arguments.tasks, arguments.data, needless=texts)
+    if not arguments.models:
+        raise ValueError("there is no model to measure; expected at least one (--models FOLDER)")
     for model in arguments.models:
         if is_local_path(model) and not Path(model, "config.json").exists():
             raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")

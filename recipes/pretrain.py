@@ -27,8 +27,8 @@ from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.bits_per_byte import TextLoss, packed_loss
 from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
-from modeling_nanochat.recipes.evaluation.arguments import CoreArguments
-from modeling_nanochat.recipes.evaluation.core import core_on_the_way, core_tasks
+from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
+from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
@@ -75,12 +75,6 @@ class MeasureArguments:
 
     validate_every: int = field(default=250, metadata={"help": "Steps between validations; 0: only at the end."})
     validation_tokens: int = field(default=1_000_000, metadata={"help": "Tokens of validation data to measure on."})
-    core_bundle: str | None = field(
-        default=None,
-        metadata={"help": "Folder of upstream's eval_bundle.zip, unpacked or to be fetched: CORE is measured with it."},
-    )
-    core_every: int = field(default=2000, metadata={"help": "Steps between measurements of CORE; 0: only at the end."})
-    core_examples: int = field(default=500, metadata={"help": "Examples of each of CORE's tasks, at most."})
     sample_every: int = field(default=0, metadata={"help": "Steps between samples of text; 0: only at the end."})
     sample_prompts: list[str] = field(
         default_factory=lambda: [
@@ -92,10 +86,9 @@ class MeasureArguments:
     )
 
     def check(self) -> None:
-        for name in ("validate_every", "core_every", "sample_every"):
+        for name in ("validate_every", "sample_every"):
             check_range(self, name, 0)
-        for name in ("validation_tokens", "core_examples"):
-            check_range(self, name, 1)
+        check_range(self, "validation_tokens", 1)
 
 
 @dataclass
@@ -106,9 +99,12 @@ class RunSettings:
     network: NetworkArguments
     horizon: HorizonArguments
     measure: MeasureArguments
+    on_the_way: OnTheWayArguments
     config: PretrainConfig
 
-    CLASSES: ClassVar = (PretrainArguments, NetworkArguments, HorizonArguments, MeasureArguments, PretrainConfig)
+    CLASSES: ClassVar = (
+        PretrainArguments, NetworkArguments, HorizonArguments, MeasureArguments, OnTheWayArguments, PretrainConfig,
+    )  # fmt: skip
 
     def __post_init__(self):
         for part in (self.arguments, self.horizon, self.measure):
@@ -122,7 +118,7 @@ def main() -> None:
 def pretrain(settings: RunSettings) -> None:
     """Train what the settings say, unless it is done."""
     arguments, measure, config = settings.arguments, settings.measure, settings.config
-    groups = [arguments, settings.network, settings.horizon, measure, config]
+    groups = [arguments, settings.network, settings.horizon, measure, settings.on_the_way, config]
     stage = Stage("pretrain", config.output_dir, groups, [arguments.data, arguments.tokenizer], arguments.rerun)
     if stage.is_done():
         return
@@ -131,10 +127,9 @@ def pretrain(settings: RunSettings) -> None:
         stage.say(
             f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
         )
-    core = CoreArguments(core_bundle=measure.core_bundle or "", core_examples=measure.core_examples)
-    tasks = core_tasks(core) if measure.core_bundle else []
     checkpoint = checkpoint_to_resume(stage, config)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    on_the_way = measured_on_the_way(settings.on_the_way, tokenizer)
     documents = open_documents(arguments.data, arguments.text_column)
     length = settings.network.sequence_length
     source = RowSource(documents, tokenizer, length, config.process_index, config.world_size)
@@ -145,13 +140,11 @@ def pretrain(settings: RunSettings) -> None:
     samples = Samples(tokenizer, measure.sample_prompts)
     validation = Validation(source.validation(measure.validation_tokens, settled.rows), tokenizer)
     evaluations = [Evaluation(validation, measure.validate_every), Evaluation(samples, measure.sample_every)]
-    if tasks:
-        evaluations.append(Evaluation(core_on_the_way(tokenizer, tasks, core), measure.core_every))
     trainer = PretrainTrainer(
         make_model(network, config),
         config,
         source.training(settled.rows, config.device),
-        evaluations=evaluations,
+        evaluations=[*evaluations, *on_the_way],
         processing_class=tokenizer,
     )
     if arguments.max_minutes is not None and checkpoint is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.stages.anchors import core_of_models, draw_anchors
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, figure_text, is_interval, markdown_table
@@ -74,11 +75,17 @@ def write_report(arguments: ReportArguments) -> Path:
     pictures = file.with_suffix("")
     sections = [summary(records, arguments)]
     for record in records:
-        picture = draw_curves(record, pictures / f"{record['name']}.png")
+        picture = draw_picture(record, pictures / f"{record['name']}.png")
         sections.append(section(record, picture.relative_to(file.parent) if picture else None))
     text = "\n\n".join(sections) + "\n"
     write_whole_file(file, lambda path: path.write_text(text, encoding="utf-8"))
     return file
+
+
+def draw_picture(record: Record, file: Path) -> Path | None:
+    """The curves of a stage; of an evaluation with CORE where its models stand; None if there is nothing to draw."""
+    core = core_of_models(record["results"]) if record["name"] == "eval" else {}
+    return draw_anchors(core, file) if core else draw_curves(record, file)
 
 
 def read_records(run: Path) -> list[Record]:

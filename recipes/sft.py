@@ -24,7 +24,8 @@ from transformers.utils import logging
 from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
 from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
-from modeling_nanochat.recipes.evaluation.chat_on_the_way import chat_core_on_the_way
+from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
+from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.token_colors import colored_row
@@ -66,32 +67,23 @@ class SFTArguments:
 
 @dataclass
 class WatchArguments:
-    """What is measured on the way, beside the validation loss."""
+    """What is shown on the way, beside the validation loss."""
 
     sample_every: int = field(default=0, metadata={"help": "Steps between sample answers; 0: only at the end."})
     sample_prompts: list[str] = field(
         default_factory=lambda: ["Who are you?", "What is 12 + 30?", "How many r are in strawberry?"],
         metadata={"help": "Questions that the samples answer."},
     )
-    chat_core_every: int = field(
-        default=0,
-        metadata={"help": "Steps between measurements of ChatCORE, which needs chat_core_data; 0: at the end."},
-    )
-    chat_core_data: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `nanochat prepare_data` whose questions make ChatCORE; none if unset."},
-    )
-    chat_core_questions: int = field(default=100, metadata={"help": "Questions of each task of ChatCORE, at most."})
 
     def __post_init__(self) -> None:
-        for name, low in (("sample_every", 0), ("chat_core_every", 0), ("chat_core_questions", 1)):
-            check_range(self, name, low)
+        check_range(self, "sample_every", 0)
 
 
 def main() -> None:
-    arguments, watch, config = parse(SFTArguments, WatchArguments, NanoChatSFTConfig)
+    arguments, watch, on_the_way, config = parse(SFTArguments, WatchArguments, OnTheWayArguments, NanoChatSFTConfig)
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
-    stage = Stage("sft", config.output_dir, [arguments, watch, config], [arguments.model, *files], arguments.rerun)
+    groups = [arguments, watch, on_the_way, config]
+    stage = Stage("sft", config.output_dir, groups, [arguments.model, *files], arguments.rerun)
     if not arguments.inspect and stage.is_done():
         return
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
@@ -103,10 +95,7 @@ def main() -> None:
         stage.say(f"the validation split {files[1]} is empty: no validation loss")
         config.eval_strategy = "no"
     samples = SampleAnswers(tokenizer, watch.sample_prompts)
-    evaluations = [Evaluation(samples, watch.sample_every)]
-    if watch.chat_core_data:
-        measure = chat_core_on_the_way(tokenizer, watch.chat_core_data, watch.chat_core_questions)
-        evaluations.append(Evaluation(measure, watch.chat_core_every))
+    evaluations = [Evaluation(samples, watch.sample_every), *measured_on_the_way(on_the_way, tokenizer)]
     trainer = NanoChatSFTTrainer(model, config, train, validation, processing_class=tokenizer, evaluations=evaluations)
     if arguments.inspect:
         print_rows(trainer, arguments.inspect)
@@ -132,12 +121,16 @@ def results_of(trainer: NanoChatSFTTrainer, before: dict[str, float], after: dic
                 f"validation_{name}": after[f"eval_{name}"],
                 f"validation_{name}_before": before[f"eval_{name}"],
             }
-    results |= {name.removeprefix("eval_"): value for name, value in after.items() if "chat_core" in name}
-    return results | {
-        "steps": trainer.state.global_step,
-        "rows_left_out": trainer.rows_left_out,
-        **trainer.packed["train"].figures(),
-    }
+    others = {name.removeprefix("eval_"): after[name] for name in after if name not in before}  # measured on the way
+    return (
+        results
+        | others
+        | {
+            "steps": trainer.state.global_step,
+            "rows_left_out": trainer.rows_left_out,
+            **trainer.packed["train"].figures(),
+        }
+    )
 
 
 class SampleAnswers:

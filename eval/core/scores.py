@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_nanochat.eval.core.bundle import LABELS, CoreTask, Example, load_examples
+from modeling_nanochat.eval.core.bundle import LABELS, CoreTask, load_examples
 from modeling_nanochat.eval.core.prompts import Question, make_questions
-from modeling_nanochat.eval.intervals import Accuracy
+from modeling_nanochat.eval.intervals import Z_95, Accuracy, Interval
 from modeling_nanochat.eval.models import context_length, hard_context
 from modeling_nanochat.eval.span_scores import SpanScore, SpanScorer
 
@@ -101,28 +101,29 @@ def evaluate_task(
         quiet: show no progress.
     """
     start = time.perf_counter()
-    examples: list[Example] = load_examples(task)
-    number = len(examples)
-    examples = examples[:max_examples]
+    whole = load_examples(task)
+    examples = whole[:max_examples]
     limits = [limit for limit in (max_length, hard_context(scorer.model)) if limit is not None]
     questions = make_questions(task, examples, tokenizer, min(limits, default=None), control)
-
-    def work(some: Sequence[Question]) -> list[Answer]:
-        scores = scorer([question.group for question in some], None if quiet else task.label)
-        return [judge(question, found) for question, found in zip(some, scores)]
-
+    answers = deal(lambda some: answer(scorer, some, None if quiet else task.label), questions)
     context = context_length(scorer.model) or math.inf
     return TaskResult(
         task=task,
-        answers=deal(work, questions),
+        answers=answers,
         longest_prompt=max(question.group.longest for question in questions),
         beyond_context=sum(question.cropped or question.group.longest > context for question in questions),
         cropped=sum(question.cropped for question in questions),
         shots=0 if control == "no_shots" else min(task.num_fewshot, len(examples) - 1),
-        complete=len(examples) == number,
+        complete=len(examples) == len(whole),
         control=control,
         seconds=time.perf_counter() - start,
     )
+
+
+def answer(scorer: SpanScorer, questions: Sequence[Question], label: str | None = None) -> list[Answer]:
+    """The model's answers to the questions; `label` names the progress bar."""
+    scores = scorer([question.group for question in questions], label)
+    return [judge(question, found) for question, found in zip(questions, scores)]
 
 
 def core_name(results: Sequence[TaskResult]) -> str:
@@ -138,16 +139,17 @@ def core_name(results: Sequence[TaskResult]) -> str:
     return "_".join(parts)
 
 
-def summarize_core(results: Sequence[TaskResult]) -> dict[str, float]:
-    """Centered accuracies by task, and their mean with its standard error, as `core_name` calls it; `_v2` has the
-    corrected baselines."""
+def summarize_core(results: Sequence[TaskResult]) -> dict[str, Interval | float]:
+    """Centered accuracies by task, and their mean with its interval, as `core_name` calls it; `_v2` has the corrected
+    baselines. The interval is that of independent examples: other weights of the same recipe differ by more."""
     name = core_name(results)
-    figures = {f"core/{result.task.label}": result.accuracy().centered for result in results}
+    figures: dict[str, Any] = {f"core/{result.task.label}": result.accuracy().centered for result in results}
     for version, corrected in ((name, {}), (f"{name}_v2", CORRECTED_BASELINES)):
         scores = [result.accuracy(corrected.get(result.task.label)) for result in results]
         errors = [score.stderr / (1 - score.baseline) for score in scores]
-        figures[version] = sum(score.centered for score in scores) / len(scores)
-        figures[f"{version}_stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        mean = sum(score.centered for score in scores) / len(scores)
+        stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        figures[version] = Interval(mean, mean - Z_95 * stderr, mean + Z_95 * stderr)
     return figures
 
 

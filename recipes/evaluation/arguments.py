@@ -107,3 +107,30 @@ class CoreArguments:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} is {value}, expected at least 2")
+
+
+@dataclass
+class OnTheWayArguments:
+    """What of `nanochat evaluate` is measured while a network is trained."""
+
+    measure_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks of `nanochat evaluate` to measure, such as core bits_per_byte multiple_choice."},
+    )
+    measure_every: int = field(default=2000, metadata={"help": "Steps between these measurements; 0: only at the end."})
+    measure_data: str = field(
+        default="out/demo/data", metadata={"help": "Folder that `nanochat prepare_data` has written, for these tasks."}
+    )
+    measure_examples: int = field(
+        default=500, metadata={"help": "Examples of each of CORE's tasks, questions and problems, at most."}
+    )
+    core_bundle: str = field(
+        default="out/eval_bundle", metadata={"help": "Folder of CORE's bundle; fetched if it is not there."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.measure_every < 0 or self.measure_examples < 2:
+            raise ValueError(
+                f"measure_every={self.measure_every}, measure_examples={self.measure_examples}; expected at least 0 "
+                "and 2"
+            )

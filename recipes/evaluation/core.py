@@ -1,15 +1,14 @@
-"""CORE of a model, on all ranks together: for `nanochat evaluate`, and on the way while training."""
+"""CORE of a model, on all ranks together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_nanochat.eval.core.bundle import CoreTask, read_tasks
-from modeling_nanochat.eval.core.scores import TaskResult, evaluate_task, summarize_core
+from modeling_nanochat.eval.core.scores import TaskResult, evaluate_task
 from modeling_nanochat.eval.span_scores import SpanScorer
 from modeling_nanochat.recipes.data.core_bundle import provide_bundle
 from modeling_nanochat.recipes.evaluation.arguments import CoreArguments
@@ -47,15 +46,3 @@ def run_core(
             )
         results.append(result)
     return results
-
-
-def core_on_the_way(
-    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[CoreTask], arguments: CoreArguments
-) -> Callable[[PreTrainedModel, int], dict[str, Any]]:
-    """An evaluation for a trainer: CORE's figures as numbers for its log."""
-
-    def run(model: PreTrainedModel, step: int) -> dict[str, Any]:
-        results = run_core(model, tokenizer, tasks, arguments)
-        return {name: float(value) for name, value in summarize_core(results).items()}
-
-    return run

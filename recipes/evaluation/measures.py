@@ -5,7 +5,7 @@ Everything measured here is shared out over the ranks by `over_ranks`; what meas
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -68,7 +68,7 @@ class Outcome:
 def measure(subject: Subject, name: str) -> Outcome:
     """All tasks of one model."""
     whole, chat = Outcome({}), {}
-    progress = tqdm(subject.arguments.tasks, desc=name, disable=not PartialState().is_main_process)
+    progress = tqdm(subject.arguments.tasks, desc=name, leave=False, disable=not PartialState().is_main_process)
     for task in progress:
         progress.set_postfix_str(task)
         outcome = TASKS[task](subject)
@@ -256,3 +256,20 @@ TASKS: dict[str, Callable[[Subject], Outcome]] = {
     "human_eval": measure_human_eval,
     "core": measure_core,
 }
+
+
+# What a task reads in the data folder.
+NEEDED = {
+    "bits_per_byte": "pretrain", "spelling": "pretrain", "multiple_choice": "eval/multiple_choice.jsonl",
+    "problems": "rl/validation.jsonl", "human_eval": "eval/humaneval.jsonl",
+}  # fmt: skip
+
+
+def check_tasks(tasks: Sequence[str], data: str, needless: Collection[str] = ()) -> None:
+    """`ValueError` for names that are no tasks, for none at all, and for data that is not there and not `needless`."""
+    if not tasks or set(tasks) - set(TASKS):
+        raise ValueError(f"expected tasks among {', '.join(TASKS)}; got {list(tasks)}")
+    files = [Path(data, NEEDED[task]) for task in tasks if task in NEEDED and task not in needless]
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"{missing[0]} does not exist; expected the data of `nanochat prepare_data`")

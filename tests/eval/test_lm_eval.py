@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
+import yaml
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
+from benchmarks.core import make_bundle
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.eval.lm_eval_model import NanoChatLM
+from modeling_nanochat.eval.core.bundle import LABELS, read_tasks
+from modeling_nanochat.eval.core.scores import evaluate_task
+from modeling_nanochat.eval.lm_eval_model import TASKS, NanoChatLM
+from modeling_nanochat.eval.span_scores import SpanScorer
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
@@ -81,3 +88,34 @@ def test_the_harness_s_own_class_calls_it_too(harness, tmp_path):
         "generate_until", "Sum: <|python_start|>12 + 30<|python_end|>", {"until": ["\n\n"], "max_gen_toks": 5}
     )
     assert own.generate_until([asked], disable_tqdm=True)[0].startswith(" = 42")
+
+
+def test_core_in_the_harness_decides_as_the_native_runner(harness, tmp_path, monkeypatch):
+    bundle = make_bundle(tmp_path / "bundle")
+    labels = {"letters": "arc_easy", "who": "copa", "next": "jeopardy"}  # three of the 22 stand for the made-up tasks
+    for table in ("core.yaml", "eval_meta_data.csv"):
+        text = (bundle / table).read_text()
+        for made_up, label in labels.items():
+            text = text.replace(f"label: {made_up}\n", f"label: {label}\n").replace(f"{made_up},0", f"{label},25")
+        (bundle / table).write_text(text)
+    harness.model.eval()
+    manager = TaskManager(include_path=TASKS, metadata={"core_bundle": str(bundle), "core_examples": 6})
+    found = simple_evaluate(
+        harness, tasks=["core_arc_easy", "core_copa", "core_jeopardy"], task_manager=manager, bootstrap_iters=0,
+        log_samples=True,
+    )  # fmt: skip
+    for task in read_tasks(bundle):
+        native = evaluate_task(SpanScorer(harness.model), harness.tokenizer, task, max_examples=6, quiet=True)
+        samples = sorted(found["samples"][f"core_{task.label}"], key=lambda sample: sample["doc_id"])
+        assert [sample["acc"] for sample in samples] == [float(answer.correct) for answer in native.answers]
+        centered = found["results"][f"core_{task.label}"]["centered,none"]
+        assert centered == pytest.approx(native.accuracy().centered)
+
+
+def test_every_core_task_and_their_group_are_there():
+    manager = TaskManager(include_path=TASKS)
+    assert {f"core_{label}" for label in LABELS} <= set(manager.all_tasks) and "core" in manager.all_groups
+    group = yaml.safe_load((TASKS / "core.yaml").read_text())
+    assert sorted(group["task"]) == sorted(f"core_{label}" for label in LABELS)
+    for label in LABELS:
+        assert f"metadata: {{label: {label}}}" in (TASKS / f"core_{label}.yaml").read_text()

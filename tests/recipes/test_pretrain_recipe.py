@@ -81,14 +81,14 @@ def test_core_is_measured_on_the_way(folder, tmp_path):
     (bundle / "core.yaml").write_text(f"icl_tasks:\n- {task}\n")
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nnext,0\n")
     with pytest.raises(ValueError, match="next"):  # its data is missing: said before anything is trained
-        pretrain(settings(folder, tmp_path / "base", core_bundle=str(bundle)))
+        pretrain(settings(folder, tmp_path / "base", measure_tasks=["core"], core_bundle=str(bundle)))
     (bundle / "eval_data").mkdir()
     rows = [
         {"context": "the king says", "continuation": "the bridge"},
         {"context": "a river", "continuation": "a castle"},
     ]
     (bundle / "eval_data" / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pretrain(settings(folder, tmp_path / "base", core_bundle=str(bundle), core_every=3))
+    pretrain(settings(folder, tmp_path / "base", measure_tasks=["core"], core_bundle=str(bundle), measure_every=3))
     record = read_stage(tmp_path / "base")
     assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
     assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0

@@ -4,6 +4,7 @@ import pytest
 
 from modeling_nanochat.eval.intervals import Interval
 from modeling_nanochat.recipes.report import ReportArguments, number, readable, write_report
+from modeling_nanochat.recipes.stages.anchors import core_of_models
 from modeling_nanochat.recipes.stages.curves import PANELS, draw_curves, points, running_mean
 from modeling_nanochat.recipes.stages.record import describe_machine, read_stage
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, text_table
@@ -102,3 +103,13 @@ def test_tables_show_intervals_and_gaps():
     assert cell(columns["a"], "x") == "0.500 [0.400, 0.600]" and cell(columns["a"], "y") == "-"
     lines = text_table(columns).split("\n")
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+
+
+def test_core_is_placed_among_known_models(run):
+    core = Interval(0.2, 0.19, 0.21)
+    results = {"base": {"core": core, "core/copa": 0.1}, "other": {"core_of_18_tasks": core}}
+    write_json(run / "eval" / "stage.json", record("eval", results=results))
+    text = write_report(ReportArguments(run=str(run))).read_text()
+    assert "![Evaluation](report/eval.png)" in text and "| core | 0.200 [0.190, 0.210] | - |" in text
+    assert (run / "report" / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert list(core_of_models(results)) == ["base"]  # a part of the benchmark has no place there
