@@ -11,7 +11,7 @@ CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench clean fault-test
+.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench figures docs docs-test clean fault-test
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,25 @@ lint: .venv/.installed ## ruff: style and format
 
 bench: .venv/.installed ## every benchmark, one after another
 	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+FIGURES := out/figures
+figures: .venv/.installed ## the essay's pictures, from a small run of each stage (a quarter of an hour on two quiet cores)
+	$(BIN)/nanochat prepare_data --config $(DEMO)/data.yaml --output_dir $(FIGURES)/data
+	$(BIN)/nanochat train_tokenizer --config $(DEMO)/tokenizer.yaml --data $(FIGURES)/data/pretrain --output_dir $(FIGURES)/tokenizer
+	$(LAUNCH) modeling_nanochat.recipes.pretrain --config $(DEMO)/pretrain.yaml --max_steps 128 --max_minutes 600 \
+		--data $(FIGURES)/data/pretrain --tokenizer $(FIGURES)/tokenizer --output_dir $(FIGURES)/base
+	for script in docs/figures/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: .venv-docs/.installed ## the pages as a site, out/site/index.html
+	.venv-docs/bin/sphinx-build -q -b html docs out/site
+
+.venv-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	touch $@
+
+docs-test: .venv/.installed ## commands, snippets, quotations, pointers and pictures of README and pages
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/docs
 
 clean: ## remove what the demo made (out/), test-versions and caches; .venv stays
 	rm -rf out .versions .pytest_cache .ruff_cache

@@ -22,6 +22,7 @@ PROGRAMS = {
     "git",
 }
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
+MESSAGE = re.compile(r"nanochat \w+: ")  # how a recipe says what is wrong
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -39,7 +40,7 @@ def blocks(text: str) -> list[Block]:
     """The fenced and the indented blocks of a page, in their order."""
     found, lines, at = [], text.split("\n"), 0
     while at < len(lines):
-        start, fence = at, re.fullmatch(r"```(\w*)\s*", lines[at])
+        start, fence = at, re.fullmatch(r"```([\w{}]*)\s*", lines[at])
         if fence:
             at += 1
             while lines[at].rstrip() != "```":
@@ -55,18 +56,21 @@ def blocks(text: str) -> list[Block]:
 
 
 def prose(text: str) -> str:
-    """A page without its fenced and indented blocks."""
+    """A page without what stands in its fenced and indented blocks."""
+    lines = text.split("\n")
     for block in blocks(text):
-        for line in block.text.split("\n"):
-            text = text.replace(line, "", 1) if len(line) > 8 else text
-    return text
+        for at in range(block.line - 1, block.line + block.text.count("\n")):
+            lines[at] = ""
+    return "\n".join(lines)
 
 
 def is_command(line: str) -> bool:
+    if MESSAGE.match(line):
+        return False
     words = line.removeprefix("$ ").split()
     while words and ASSIGNMENT.fullmatch(words[0]):
         words.pop(0)
-    return bool(words) and Path(words[0]).name in PROGRAMS and not line.rstrip().endswith(":")
+    return bool(words) and Path(words[0]).name in PROGRAMS
 
 
 def commands(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from tests.docs.pages import NAMES, ROOT, blocks
 NOT_RUN = {
     "torchao": "needs a library that no extra installs (tests/hf/quantisation.py runs it)",
     "_compile_all_devices": "compiles for ten seconds and more",
+    "OpenAI(": "asks a server that runs in another terminal (tests/recipes has its own)",
     "distributed_config": "needs several processes",
 }
 FOLDERS = ("out/demo/base", "out/demo/sft", "out/demo/rl")
