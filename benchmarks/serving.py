@@ -6,7 +6,8 @@
 An untrained network (which does not stop by itself) is served by `nanochat serve` in a process of its own; clients are
 bare connections in this one, and ask for streams with prompts of 20 to 120 tokens. The rounds of one client at a time
 and of all at once take turns, as the machine may be busy; the ratio counts. Aimed at: none lost, 5 times the tokens a
-second.
+second. Tokens for each second of the server's processor time stand beside, which other work on the machine disturbs
+less.
 
 The soak has clients that take whole answers and streams, leave in the middle or while they wait, and send nonsense;
 each minute it prints what the server holds: rows, waiting requests, open files, threads, memory. At the end, when all
@@ -17,6 +18,7 @@ tenth.
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -142,23 +144,38 @@ async def ask(port: int, body: bytes, events: int | None = None) -> Reply:
 # ---------------------------------------------------------------- throughput
 
 
-async def clients(port: int, count: int, requests: int, tokens: int, seed: int) -> tuple[list[Reply], float]:
-    """Replies to so many clients at once, each asking one question after another, and the seconds it took."""
+Round = tuple[list[Reply], float, float]  # replies, seconds, seconds of the server's processor time
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user and in kernel mode
+
+
+def timed_clients(pid: int, *arguments: int) -> Round:
+    start, before = time.perf_counter(), processor_seconds(pid)
+    replies = asyncio.run(clients(*arguments))
+    return replies, time.perf_counter() - start, processor_seconds(pid) - before
+
+
+async def clients(port: int, count: int, requests: int, tokens: int, seed: int) -> list[Reply]:
+    """Replies to so many clients at once, each asking one question after another."""
 
     async def client(number: int) -> list[Reply]:
         generator = random.Random(f"{seed} {number}")
         usage = {"stream": True, "stream_options": {"include_usage": True}}
         return [await ask(port, body_of(generator, tokens, **usage)) for _ in range(requests)]
 
-    start = time.perf_counter()
-    replies = [reply for each in await asyncio.gather(*map(client, range(count))) for reply in each]
-    return replies, time.perf_counter() - start
+    return [reply for each in await asyncio.gather(*map(client, range(count))) for reply in each]
 
 
-def describe(name: str, rounds: list[tuple[list[Reply], float]]) -> float:
-    """Prints a line; tokens a second, the median of the rounds."""
-    replies = [reply for each, _ in rounds for reply in each]
-    rate = statistics.median(sum(reply.tokens for reply in each) / seconds for each, seconds in rounds)
+def describe(name: str, rounds: list[Round]) -> tuple[float, float]:
+    """Prints a line; tokens a second and tokens a second of processor time, medians of the rounds."""
+    replies = [reply for each, *_ in rounds for reply in each]
+    rate, own_rate = (
+        statistics.median(sum(reply.tokens for reply in round[0]) / round[which] for round in rounds)
+        for which in (1, 2)
+    )
     lost = sum(reply.status != 200 or reply.tokens == 0 for reply in replies)
     firsts, lasts = sorted(reply.first for reply in replies), sorted(reply.last for reply in replies)
 
@@ -166,25 +183,26 @@ def describe(name: str, rounds: list[tuple[list[Reply], float]]) -> float:
         return values[min(len(values) - 1, int(share * len(values)))]
 
     print(
-        f"{name:22} {len(replies):5} answers, {lost} lost  {rate:7.0f} tokens/s"
+        f"{name:22} {len(replies):5} answers, {lost} lost  {rate:7.0f} tokens/s  {own_rate:7.0f} a processor second"
         f"   first token p50 {at(firsts, 0.5):5.2f} s, p95 {at(firsts, 0.95):5.2f} s"
-        f"   whole answer p50 {at(lasts, 0.5):5.2f} s, p95 {at(lasts, 0.95):5.2f} s"
+        f"   whole answer p50 {at(lasts, 0.5):5.2f} s, p95 {at(lasts, 0.95):5.2f} s",
+        flush=True,
     )
-    return rate
+    return rate, own_rate
 
 
 def throughput(arguments: argparse.Namespace) -> None:
     alone, together = [], []
-    with serving(arguments, "--max_waiting", str(max(256, arguments.clients))) as (_, port):
+    with serving(arguments, "--max_waiting", str(max(256, arguments.clients))) as (pid, port):
         asyncio.run(clients(port, 8, 1, arguments.tokens, -1))  # warm-up
         for seed in range(ROUNDS):
-            alone.append(asyncio.run(clients(port, 1, ALONE, arguments.tokens, seed)))
-            together.append(asyncio.run(clients(port, arguments.clients, arguments.requests, arguments.tokens, seed)))
+            alone.append(timed_clients(pid, port, 1, ALONE, arguments.tokens, seed))
+            together.append(timed_clients(pid, port, arguments.clients, arguments.requests, arguments.tokens, seed))
     print(f"depth {arguments.depth}, vocabulary {arguments.vocab_size}, {arguments.tokens} tokens an answer, "
           f"{torch.get_num_threads()} threads, median of {ROUNDS} rounds")  # fmt: skip
     single = describe("one at a time", alone)
     many = describe(f"{arguments.clients} clients at once", together)
-    print(f"{many / single:.1f} times the tokens a second")
+    print(f"{many[0] / single[0]:.1f} times the tokens a second, {many[1] / single[1]:.1f} times a processor second")
 
 
 # ---------------------------------------------------------------- soak

@@ -59,7 +59,8 @@ def use_error_form(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return error_response(422, f"the body is not JSON: {first['ctx']['error']}", "invalid_json")
         place = [str(part) for part in first["loc"] if part != "body"]
-        message = f"{'.'.join(place)}: {first['msg']}" if place else first["msg"]
+        found = first["msg"].removeprefix("Value error, ")
+        message = f"{'.'.join(place)}: {found}" if place else found
         return error_response(422, message, "invalid_value", place[0] if place else None)
 
     async def bug(request: Request, error: Exception) -> JSONResponse:

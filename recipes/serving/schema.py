@@ -8,7 +8,7 @@ and refused with any other. Added to OpenAI's: `top_k`, parts of an assistant's 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 LARGEST_SEED = 2**63 - 1
 MOST_ANSWERS = 128  # OpenAI's bound on n; the batch's rows are a bound too
@@ -24,6 +24,25 @@ def whole_characters(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(whole_characters)]
+SomeText = Annotated[Text, Field(min_length=1)]
+
+
+def whole_number(value: Any) -> Any:
+    """JSON knows no difference between 2 and 2.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def false_only(value: bool) -> bool:
+    if value:
+        raise ValueError("true is nothing that this server does, expected false")
+    return value
+
+
+def integer(least: int | None = None, most: int | None = None) -> Any:
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(whole_number)]
+
+
+No = Annotated[bool, AfterValidator(false_only), WithJsonSchema({"type": "boolean", "const": False})]
 Zero = Annotated[float, Field(ge=0, le=0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 
@@ -36,7 +55,7 @@ class Part(Strict):
     """A piece of a message."""
 
     type: Literal["text", "python", "python_output"]
-    text: Text
+    text: SomeText
 
 
 class Function(Strict):
@@ -51,12 +70,12 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: Function
     output: Text | None = None
-    index: int | None = None
+    index: integer(0) | None = None
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None
+    content: SomeText | Annotated[list[Part], Field(min_length=1)]
     tool_calls: list[ToolCall] | None = None
     # What OpenAI's client adds to an answer that is sent back.
     refusal: None = None
@@ -70,7 +89,7 @@ class Message(Strict):
         Raises:
             ValueError: calls that the content does not show.
         """
-        content = self.content or ""
+        content = self.content
         parts = [part.model_dump() for part in content] if isinstance(content, list) else content
         if self.tool_calls and isinstance(content, str):
             parts = with_calls(content, self.tool_calls)
@@ -107,12 +126,12 @@ class Common(Strict):
     model: str | None = Field(default=None, description="The one model served; others are not loaded.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1, le=MOST_ANSWERS)
-    max_tokens: int | None = Field(default=None, ge=1)
+    n: integer(1, MOST_ANSWERS) | None = None
+    max_tokens: integer(1) | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31, description="Sample among so many tokens; 0 for all.")
-    seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
+    top_k: integer(0, 2**31) | None = Field(default=None, description="Sample among so many tokens; 0 for all.")
+    seed: integer(-LARGEST_SEED - 1, LARGEST_SEED) | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     user: str | None = None
     presence_penalty: Zero | None = None
@@ -131,22 +150,22 @@ class ChatRequest(Common):
     """Body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: integer(1) | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: integer(0, 20) | None = None
     generation_config: str | None = Field(default=None, description="Of `transformers chat`: JSON of settings.")
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
 
     @model_validator(mode="after")
     def _apply(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.generation_config is not None:
             apply_generation_config(self, self.generation_config)
@@ -186,9 +205,9 @@ class CompletionRequest(Common):
     """Body of `/v1/completions`: text that goes on, without a conversation around it."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_ANSWERS)]
-    logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: Literal[False] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: integer(0, 20) | None = None
+    echo: No | None = None
+    best_of: integer(1, 1) | None = None
     suffix: None = None
 
 

@@ -147,6 +147,7 @@ def test_settings_are_obeyed(server):
         return [choice.message.content for choice in answer.choices]
 
     assert texts() == [HELLO_ANSWER]
+    assert texts(n=2.0) == [HELLO_ANSWER] * 2  # to JSON that is 2
     assert texts(max_tokens=3) == [HELLO_ANSWER[:2]] == texts(max_completion_tokens=3)  # the ü has two
     hot = {"temperature": 2, "extra_body": {"top_k": 0}, "n": 4, "max_tokens": 12}
     assert texts(**hot, seed=1) == texts(**hot, seed=1) != texts(**hot, seed=2)
@@ -222,13 +223,13 @@ BAD = [
     ("POST", "/v1/chat/completions", {"messages": "hello"}, 422),
     ("POST", "/v1/chat/completions", {"messages": []}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user"}]}, 422),
-    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, 400),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, 422),
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 422),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 5000}]}, 400),
-    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 5000}, 400),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 5000}, 400),
     ("POST", "/v1/chat/completions", {"messages": asked("x"), "temperature": -1}, 422),
     ("POST", "/v1/chat/completions", {"messages": asked("x"), "temperature": "1"}, 422),
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 422),
@@ -243,6 +244,9 @@ BAD = [
     ("POST", "/v1/chat/completions", {"messages": asked("x"), "generation_config": '{"num_beams": 4}'}, 422),
     ("POST", "/v1/completions", {"prompt": ["a"] * 200}, 422),
     ("POST", "/v1/completions", {"prompt": [1, 2]}, 422),
+    ("POST", "/v1/completions", {"prompt": "x", "echo": 0}, 422),
+    ("POST", "/v1/completions", {"prompt": "x", "echo": True}, 422),
+    ("POST", "/v1/completions", {"prompt": "x", "n": 1.5}, 422),
     ("POST", "/v1/completions", {"prompt": "x" * 1_000_001}, 413),
 ]  # fmt: skip
 
