@@ -356,3 +356,20 @@ def test_adapters_are_trained_saved_resumed_and_merged(tmp_path):
     torch.testing.assert_close(whole(input_ids=batch["input_ids"]).logits, logits, atol=1e-4, rtol=1e-4)
     moved = {name for name, weight in whole.named_parameters() if not torch.equal(weight, start[name])}
     assert moved and all(any(part in name for part in ADAPTED) for name in moved)
+
+
+def test_a_warm_start_takes_moments_and_no_rates(tmp_path):
+    first = make_trainer(tmp_path / "first", max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    warm = make_trainer(
+        tmp_path / "warm", max_steps=1, init_lr_frac=0.0, warm_start=str(tmp_path / "first" / "checkpoint-2")
+    )
+    warm.train()  # at rate 0: only the moments move
+    moments = [optimizer.optimizer.state_dict()["state"] for optimizer in (first.optimizer, warm.optimizer)]
+    assert [group["lr"] for group in warm.optimizer.param_groups] == [0.0] * len(warm.optimizer.param_groups)
+    assert {entry["step"].item() for entry in moments[1].values() if "step" in entry} == {3}
+    assert {entry["step"].item() for entry in moments[0].values() if "step" in entry} == {2}
+    with pytest.raises(ValueError, match="holds 0 shards of the optimizer"):
+        make_trainer(tmp_path / "none", max_steps=1, warm_start=str(tmp_path)).train()
+    with pytest.raises(ValueError, match="fits whole weights only"):
+        make_trainer(tmp_path / "lora", warm_start="x", lora_rank=4)

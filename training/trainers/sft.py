@@ -35,7 +35,7 @@ from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.conversations import PackedConversations, rows_for_all_ranks, write_rows
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import sft_schedules
-from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
+from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, load_optimizer_state
 from modeling_nanochat.training.trainers.lora import (
     LORA_SETTINGS,
     LoraArguments,
@@ -95,6 +95,10 @@ class NanoChatSFTConfig(MuonArguments, LoraArguments, SFTConfig):
         default=None, metadata={"help": "Tokens in a packed row; the network's context length by default."}
     )
 
+    warm_start: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder of pretraining whose optimizer state to begin with; fresh if unset."},
+    )
     skip_bad_conversations: bool = field(
         default=False, metadata={"help": "Leave out conversations that cannot be rendered, and count them."}
     )
@@ -103,6 +107,11 @@ class NanoChatSFTConfig(MuonArguments, LoraArguments, SFTConfig):
         super().check_ranges()
         self.check_lora_ranges()
         check_range(self, "dataset_num_proc", 1)
+        if self.warm_start and (self.lora_rank or self.fsdp):
+            raise ValueError(
+                f"warm_start={self.warm_start} with lora_rank={self.lora_rank}, fsdp={self.fsdp}: the state of "
+                "pretraining's optimizer fits whole weights only; expected neither"
+            )
         check_fine_tuning_ranges(self)
         check_range(self, "warmdown_ratio", 0, 1)
         check_range(self, "max_length", 2)
@@ -312,6 +321,21 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         if self.args.lora_rank and self.optimizer is None:
             self.optimizer = MuonAdamW(lora_param_groups(model or self.model, self.args))
         return super().create_optimizer(model)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.warm_start and resume_from_checkpoint is None:
+            self.take_moments(Path(self.args.warm_start))
+        return prepared
+
+    def take_moments(self, checkpoint: Path) -> None:
+        """The optimizer's state of pretraining, without its rates."""
+        optimizer = self.optimizer.optimizer  # without accelerate's wrapper
+        settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+        rank, ranks = self.args.process_index, self.args.world_size
+        optimizer.load_state_dict(load_optimizer_state(checkpoint, rank, ranks, optimizer.merge_state_dicts))
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
 
     def choose_init_lr_frac(self) -> float:
         """As the settings say; else 1, or in a short run of small batches what makes up for their rates."""
