@@ -19,7 +19,14 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.anchors import core_of_models, draw_anchors
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
-from modeling_nanochat.recipes.stages.tables import cell, figure_names, figure_text, is_interval, markdown_table
+from modeling_nanochat.recipes.stages.tables import (
+    cell,
+    figure_names,
+    figure_text,
+    is_interval,
+    markdown_table,
+    with_calls_shown,
+)
 from modeling_nanochat.training.whole_files import write_whole_file
 
 Record = dict[str, Any]
@@ -34,8 +41,6 @@ TITLES = {
     "eval": "Evaluation",
 }
 SAMPLES_SHOWN = 6  # of a stage
-CALCULATION = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
-MARK = re.compile(r"<\|\w+\|>")
 # Figures by which a stage is known in the summary, the first of them that it has.
 HEADLINES = {
     "data": ("sft/train.jsonl", "rl/train.jsonl"),
@@ -203,8 +208,7 @@ def samples(records: Sequence[Record]) -> list[str]:
 
 def readable(text: str) -> str:
     """Text with calculator calls as `[12 + 30 = 42]` and without other marks, safe in Markdown."""
-    text = MARK.sub("", CALCULATION.sub(r"[\1 = \2]", text)).strip()
-    return re.sub(r"([\\`*_#<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_#<>|])", r"\\\1", with_calls_shown(text))
 
 
 def quotation(text: str) -> str:

@@ -22,3 +22,8 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
         f"Multiple Choice question: {row['question']}\n{listed}\nRespond only with the letter of the correct answer."
     )
     return [{"role": "user", "content": question}, {"role": "assistant", "content": LETTERS[answer]}]
+
+
+def is_correct(completion: str, answer: int) -> bool:
+    """Whether a completion with its special tokens is the letter of the answer, and nothing else."""
+    return completion.partition("<|assistant_end|>")[0].strip() == LETTERS[answer]

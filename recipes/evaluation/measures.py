@@ -24,7 +24,8 @@ from modeling_nanochat.eval.intervals import Accuracy, mean_with_interval, pass_
 from modeling_nanochat.eval.multiple_choice import chat_core, guessing_accuracy, predict_letters
 from modeling_nanochat.eval.sampling import Judge, sample_and_judge
 from modeling_nanochat.eval.sandbox.judge import Sandbox
-from modeling_nanochat.eval.tasks import gsm8k, humaneval, multiple_choice, spelling
+from modeling_nanochat.eval.tasks import humaneval, multiple_choice, spelling
+from modeling_nanochat.eval.tasks.checkers import checker_of, is_right
 from modeling_nanochat.eval.tasks.rows import Row, read_rows
 from modeling_nanochat.recipes.evaluation.arguments import ChatTaskArguments, CoreArguments, EvaluateArguments
 from modeling_nanochat.recipes.evaluation.core import run_core
@@ -177,9 +178,14 @@ def check_question(row: Row) -> Row:
 def measure_problems(subject: Subject) -> Outcome:
     """pass@k on the held-out problems of RL."""
     file = f"{subject.arguments.data}/rl/validation.jsonl"
-    rows = read_rows(file, lambda row: {name: row[name] for name in ("messages", "answer")}, '{"messages", "answer"}')
+
+    def take(row: Row) -> Row:
+        checker_of(row)
+        return {"messages": row["messages"], "answer": row["answer"], **row}
+
+    rows = read_rows(file, take, '{"messages", "answer"}')
     rows = some(rows, subject.chat.max_problems, subject.arguments.seed)
-    return passes("problems", answer(subject, rows, check_numbers, sampled=True), subject.chat.samples_drawn)
+    return passes("problems", answer(subject, rows, check, sampled=True), subject.chat.samples_drawn)
 
 
 def measure_spelling(subject: Subject) -> Outcome:
@@ -189,7 +195,7 @@ def measure_spelling(subject: Subject) -> Outcome:
     text = " ".join(document for document, _ in islice(documents, SPELLING_DOCUMENTS))
     words = sorted(set(re.findall(r"\b[a-z]{3,}\b", text)))
     rows = list(islice(spelling.counting_problems(words, arguments.seed), subject.chat.max_problems))
-    return passes("spelling", answer(subject, rows, check_numbers, sampled=False), 1)
+    return passes("spelling", answer(subject, rows, check, sampled=False), 1)
 
 
 def measure_human_eval(subject: Subject) -> Outcome:
@@ -239,8 +245,8 @@ def passes(name: str, records: list[Record], num_samples: int) -> Outcome:
     return Outcome(figures, {name: accuracy}, records, is_chat=True)
 
 
-def check_numbers(answers: Sequence[tuple[Row, str]]) -> list[bool]:
-    return [gsm8k.is_correct(text, row["answer"]) for row, text in answers]
+def check(answers: Sequence[tuple[Row, str]]) -> list[bool]:
+    return [is_right(text, row) for row, text in answers]
 
 
 def some(rows: list[Row], count: int, seed: int) -> list[Row]:

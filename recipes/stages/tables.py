@@ -1,13 +1,16 @@
-"""Figures of models side by side, as text for the terminal and as Markdown for the report.
+"""Figures of models side by side and samples, as text for the terminal and as Markdown for the report.
 
 A figure is a number or an interval; of a record that was read from its file, an interval is {"mean", "low", "high"}.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modeling_nanochat.eval.intervals import Interval
 
+CALCULATION = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
+MARK = re.compile(r"<\|\w+\|>")
 Columns = Mapping[str, Mapping[str, Any]]  # by model, then by figure
 
 
@@ -56,3 +59,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
         return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
     return [line(header), "|---|" + "---:|" * (len(header) - 1), *map(line, rows)]
+
+
+def with_calls_shown(text: str) -> str:
+    """A completion without special tokens, calls of the calculator as `[12 + 30 = 42]`."""
+    return MARK.sub("", CALCULATION.sub(r"[\1 = \2]", text)).strip()

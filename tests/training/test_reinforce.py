@@ -1,17 +1,18 @@
 """Reinforcement learning: the samples, the mask, and the loss against obvious twins and GRPOTrainer itself."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation, render_prompt
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.running_rows import draw
+from modeling_nanochat.tokenization_nanochat_gpt import OUTPUT_START
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.reinforce import EVALUATION_STREAM, ReinforceConfig, ReinforceTrainer
@@ -42,9 +43,8 @@ def make_model(era: str = "seed", **overrides) -> NanoChatGPTForCausalLM:
     return model
 
 
-def questions(count: int) -> Dataset:
-    rows = problems(count)
-    return Dataset.from_list([{"prompt": row["messages"][:1], "answer": row["answer"]} for row in rows])
+def questions(count: int) -> list[dict]:
+    return [{"prompt": row["messages"][:1], "answer": row["answer"]} for row in problems(count)]
 
 
 def settings(folder: Path, **overrides) -> ReinforceConfig:
@@ -66,7 +66,7 @@ def settings(folder: Path, **overrides) -> ReinforceConfig:
     )
 
 
-def length_reward(text: str, answer: str) -> float:
+def length_reward(text: str, problem: dict) -> float:
     """Something that an untrained network gets right now and then."""
     return float(len(text) % 3 == 0)
 
@@ -75,13 +75,13 @@ def count_passes(passes: list[int], samples: int) -> dict[str, float]:
     return {"pass@1": sum(passes) / (len(passes) * samples)}
 
 
-def make_trainer(folder: Path, model: NanoChatGPTForCausalLM | None = None, **overrides) -> ReinforceTrainer:
+def make_trainer(folder: Path, rewards: dict | None = None, **overrides) -> ReinforceTrainer:
     return ReinforceTrainer(
-        model or make_model(),
+        make_model(),
         settings(folder, **overrides),
         questions(8),
         questions(6),
-        reward=length_reward,
+        rewards=rewards or {"length": length_reward},
         summarize=count_passes,
         processing_class=make_tokenizer(),
     )
@@ -118,16 +118,17 @@ class EagerCaller:
         return self.calculator(tokens, scores)
 
 
-def slow_sample(model, prompt, uniforms, stop_token_ids, logits_processor) -> list[int]:
+def slow_sample(model, prompt, uniforms, stop_token_ids, logits_processor) -> tuple[list[int], list[float]]:
     """One row, no cache, one token after another."""
-    ids = list(prompt)
+    ids, log_probabilities = list(prompt), []
     for number in uniforms.tolist():
         scores = logits_processor(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1])[0]
         probabilities = scores.double().softmax(-1)
         ids.append(int((probabilities.cumsum(-1) <= number * (1 - 1e-9)).sum()))
+        log_probabilities.append(float(probabilities[ids[-1]].log()))
         if ids[-1] in stop_token_ids:
             break
-    return ids[len(prompt) :]
+    return ids[len(prompt) :], log_probabilities
 
 
 @pytest.mark.parametrize("era", ["seed", "head"])
@@ -137,19 +138,20 @@ def test_samples_equal_those_drawn_one_row_at_a_time_without_a_cache(tokenizer, 
     prompts = [render_prompt(tokenizer, row["messages"][:1]) for row in problems(3) for _ in range(4)]
     uniforms = torch.rand(12, 24, generator=torch.Generator().manual_seed(1))
     stop, processor = [tokenizer.eos_token_id, tokenizer.bos_token_id], EagerCaller(tokenizer)
-    batched = sample_completions(
+    batched, log_probabilities = sample_completions(
         model, prompts, uniforms, stop_token_ids=stop, pad_token_id=tokenizer.pad_token_id, logits_processor=processor
     )
     assert model.training
     model.eval()
     with torch.no_grad():
         slow = [slow_sample(model, prompt, row, stop, processor) for prompt, row in zip(prompts, uniforms)]
-    assert batched == slow
+    assert batched == [ids for ids, _ in slow]
+    for found, (_, expected) in zip(log_probabilities, slow):
+        assert found == pytest.approx(expected, abs=1e-4)
     assert len(set(map(len, batched))) > 3  # rows left the batch at different times
-    answer = "<|output_start|>"  # decoded alone it would read " = "
-    assert sum(answer in tokenizer.decode(ids) for ids in batched) >= 3
+    assert sum(OUTPUT_START in tokenizer.decode(ids) for ids in batched) >= 3
     assert all("12+30<|python_end|><|output_start|>42<|output_end|>" in text
-               for text in map(tokenizer.decode, batched) if answer in text and "output_end" in text)  # fmt: skip
+               for text in map(tokenizer.decode, batched) if OUTPUT_START in text and "output_end" in text)  # fmt: skip
 
 
 def test_a_sample_depends_on_its_own_numbers_only(tokenizer):
@@ -157,8 +159,8 @@ def test_a_sample_depends_on_its_own_numbers_only(tokenizer):
     prompts = [render_prompt(tokenizer, row["messages"][:1]) for row in problems(8)]
     uniforms = torch.rand(8, 12, generator=torch.Generator().manual_seed(2))
     options = {"stop_token_ids": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
-    together = sample_completions(model, prompts, uniforms, **options)
-    alone = [sample_completions(model, [prompt], row[None], **options)[0] for prompt, row in zip(prompts, uniforms)]
+    together, _ = sample_completions(model, prompts, uniforms, **options)
+    alone = [sample_completions(model, [prompt], row[None], **options)[0][0] for prompt, row in zip(prompts, uniforms)]
     assert together == alone
     with pytest.raises(ValueError, match="8 prompts, 0 of them empty, and 7 rows"):
         sample_completions(model, prompts, uniforms[:7], **options)
@@ -174,7 +176,7 @@ def test_tokens_are_drawn_in_proportion_to_their_probability():
 def test_other_seeds_and_other_steps_give_other_samples_and_the_same_ones_the_same(tmp_path):
     def samples(seed: int, step: int) -> list[list[int]]:
         trainer.args.seed = seed
-        return trainer.sample([trainer.train_dataset[0]["prompt"]] * 4, step, 0, 4)[1]
+        return trainer.sample(questions(1) * 4, step, range(4), 4).completion_ids
 
     trainer = make_trainer(tmp_path, max_completion_length=16)
     drawn = [samples(seed, step) for seed in (0, 1, 2**32) for step in (0, 1, EVALUATION_STREAM)]
@@ -191,7 +193,7 @@ def scored_samples(trainer: ReinforceTrainer) -> dict[str, torch.Tensor]:
     caller.forced_token_mask = trainer.calculator.forced_token_mask
     trainer.calculator = caller
     trainer.model.train()
-    return trainer._generate_and_score_completions([dict(trainer.train_dataset[i]) for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
 
 
 def test_advantages_are_rewards_less_their_mean_and_forced_tokens_carry_no_loss(tokenizer, tmp_path):
@@ -200,7 +202,7 @@ def test_advantages_are_rewards_less_their_mean_and_forced_tokens_carry_no_loss(
 
     completions = zip(inputs["completion_ids"], inputs["completion_mask"].bool())
     texts = tokenizer.batch_decode([ids[mask] for ids, mask in completions])
-    rewards = torch.tensor([length_reward(text, "") for text in texts]).view(2, 4)
+    rewards = torch.tensor([length_reward(text, {}) for text in texts]).view(2, 4)
     torch.testing.assert_close(inputs["advantages"], (rewards - rewards.mean(1, keepdim=True)).flatten())
 
     output = [calculator.output_start, *tokenizer("42")["input_ids"], calculator.output_end]
@@ -246,8 +248,7 @@ def test_the_gradient_is_grpo_s(tmp_path):
 
 
 def test_equal_rewards_leave_a_zero_gradient_for_every_parameter(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.reward = lambda text, answer: 1.0
+    trainer = make_trainer(tmp_path, {"same": lambda text, problem: 1.0})
     inputs = scored_samples(trainer)
     loss, found = gradients(trainer, ReinforceTrainer._compute_loss, inputs)
     assert loss == 0 and not any(gradient.any() for gradient in found.values())
@@ -261,6 +262,78 @@ def test_equal_rewards_leave_a_zero_gradient_for_every_parameter(tmp_path):
 def test_settings_that_are_not_plain_reinforce_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}|bf16|`{name}`"):
         settings(tmp_path, **{name: value})
+
+
+def test_several_rewards_are_weighed_and_one_that_does_not_apply_counts_nothing(tmp_path):
+    rewards = {
+        "length": length_reward,
+        "brevity": lambda text, problem: -len(text) if len(text) % 2 else None,
+        "answer": lambda text, problem: len(problem["answer"]),
+    }
+    trainer = make_trainer(tmp_path, rewards, reward_weights=[1.0, 0.1, 5.0])
+    inputs = scored_samples(trainer)
+    texts = trainer.drawn.texts
+    sums = [length_reward(text, {}) - (0.1 * len(text) if len(text) % 2 else 0) for text in texts]
+    sums = torch.tensor(sums).view(2, 4)  # the answer's length is the same for all samples of a question
+    torch.testing.assert_close(inputs["advantages"].view(2, 4), sums - sums.mean(1, keepdim=True))
+    log = trainer._metrics["train"]
+    assert log["rewards/brevity/mean"] and log["accuracy"] == [sum(length_reward(t, {}) for t in texts) / 8]
+    with pytest.raises(ValueError, match="the reward length returned 'good', expected a number or None"):
+        trainer.rewards["length"] = lambda text, problem: "good"
+        trainer.sample(questions(1), 0, range(1), 1)
+
+
+def test_completions_that_were_cut_off_carry_no_loss_if_so_wanted(tmp_path):
+    trainer = make_trainer(tmp_path, max_completion_length=3, mask_truncated_completions=True)
+    inputs = scored_samples(trainer)
+    whole = torch.tensor([ids[-1] in trainer.eos_token_ids for ids in trainer.drawn.completion_ids])
+    assert not whole.all()
+    assert torch.equal((inputs["completion_mask"] * inputs["tool_mask"]).any(1), whole)
+
+
+def test_questions_that_all_samples_answer_alike_are_replaced_if_so_wanted(tmp_path):
+    """Even answers earn by chance, odd ones always: the former are what is left to learn from."""
+
+    def reward(text: str, problem: dict) -> float:
+        return 1.0 if int(problem["answer"]) % 2 else float(len(text) % 2)
+
+    def mixed(rounds: int) -> tuple[list[str], int]:
+        trainer = make_trainer(tmp_path, {"reward": reward}, dynamic_sampling=rounds, max_completion_length=16)
+        odd = next(problem for problem in questions(8) if int(problem["answer"]) % 2)
+        inputs = trainer._generate_and_score_completions([{"prompt": json.dumps(odd)}] * 8)
+        asked = [problem["answer"] for problem in trainer.drawn.problems]
+        assert asked[:4] == [asked[0]] * 4 and asked[4:] == [asked[4]] * 4
+        prompts = [render_prompt(trainer.processing_class, problem["prompt"]) for problem in trainer.drawn.problems]
+        assert prompts == trainer.drawn.prompt_ids  # whatever was replaced was replaced together
+        return asked, int((inputs["advantages"] != 0).any())
+
+    assert mixed(0)[1] == 0
+    asked, learns = mixed(6)
+    assert learns and any(int(answer) % 2 == 0 for answer in asked)
+    assert mixed(6)[0] == asked
+
+
+def test_a_prompt_may_have_several_turns_with_calls_in_them(tmp_path):
+    first = problems(1)[0]
+    turns = [*first["messages"], {"role": "user", "content": "And twice that?"}]
+    mixture = [{"prompt": turns, "answer": "1", "level": 3}, *questions(3)]
+    trainer = ReinforceTrainer(
+        make_model(), settings(tmp_path, max_steps=1), mixture, rewards={"length": length_reward},
+        summarize=count_passes, processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1
+    log = trainer.state.log_history[0]
+    assert 0 < log["entropy"] < 6 and 0 <= log["call_rate"] <= 1 and "accuracy_given_a_call" in log
+
+
+def test_the_rates_fall_along_half_a_cosine_if_so_wanted(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, lr_scheduler_type="cosine")
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[1] / rates[0] > 0.8  # linear: 0.75
+    with pytest.raises(ValueError, match="lr_scheduler_type is 'polynomial', expected linear or cosine"):
+        settings(tmp_path, lr_scheduler_type="polynomial")
 
 
 # ---------------------------------------------------------------- whole runs
@@ -309,8 +382,8 @@ def test_two_ranks_draw_the_same_samples_and_end_with_the_same_weights(tmp_path)
 
 def test_evaluation_counts_passes_alike_for_any_batch_and_learning_raises_them(tmp_path):
     """The reward is a letter to begin with: simple to learn; and the samples are the same each time."""
-    trainer = make_trainer(tmp_path, max_steps=16, init_lr_frac=1.0, per_device_train_batch_size=32)
-    trainer.reward = lambda text, answer: float(text[:1].isalpha())
+    rewards = {"letter": lambda text, problem: text[:1].isalpha()}
+    trainer = make_trainer(tmp_path, rewards, max_steps=16, init_lr_frac=1.0, per_device_train_batch_size=32)
     before = trainer.evaluate()
     trainer.args.per_device_eval_batch_size = 8
     assert trainer.evaluate() == before

@@ -16,7 +16,7 @@ ALL = (PretrainConfig, NanoChatSFTConfig, ReinforceConfig)
 @pytest.mark.parametrize("settings_class", ALL)
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 1.0), ("optim", "sgd"), ("lr_scheduler_type", "cosine"), ("adam_beta1", 0.5),
+    [("learning_rate", 1.0), ("optim", "sgd"), ("adam_beta2", 0.5), ("adam_beta1", 0.5),
      ("label_smoothing_factor", 0.1), ("save_only_model", True), ("data_seed", 7), ("enable_jit_checkpoint", True)],
 )  # fmt: skip
 def test_a_setting_that_does_nothing_is_refused(tmp_path, settings_class, name, value):
@@ -26,7 +26,11 @@ def test_a_setting_that_does_nothing_is_refused(tmp_path, settings_class, name, 
 
 @pytest.mark.parametrize(
     ("settings_class", "name"),
-    [(PretrainConfig, "num_train_epochs"), (NanoChatSFTConfig, "weight_decay"), (ReinforceConfig, "reward_weights")],
+    [
+        (PretrainConfig, "num_train_epochs"),
+        (NanoChatSFTConfig, "lr_scheduler_type"),
+        (ReinforceConfig, "cast_lm_head_to_fp32"),
+    ],
 )
 def test_what_acts_elsewhere_is_refused_where_it_does_not(settings_class, name):
     assert name in unused_settings(settings_class)

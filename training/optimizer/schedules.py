@@ -84,10 +84,10 @@ def sft_schedules(warmdown_ratio: float = 0.2) -> dict[str, Schedule]:
     }
 
 
-def rl_schedules() -> dict[str, Schedule]:
+def rl_schedules(lr_schedule: Schedule = linear_to_zero) -> dict[str, Schedule]:
     """Reinforcement learning: the rate falls to 0 over the run; momentum 0.95; no decay."""
     return {
-        "lr_schedule": linear_to_zero,
+        "lr_schedule": lr_schedule,
         "momentum_schedule": partial(constant, value=0.95),
         "weight_decay_schedule": partial(constant, value=0.0),
     }

@@ -32,7 +32,7 @@ def sample_completions(
     stop_token_ids: Collection[int],
     pad_token_id: int,
     logits_processor: LogitsProcessor | None = None,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[float]]]:
     """Sample one completion for each prompt; equal prompts are read once.
 
     Args:
@@ -44,7 +44,8 @@ def sample_completions(
         logits_processor: changes the scores before a token is drawn, such as the calculator.
 
     Returns:
-        N completions of 1 to max_new_tokens ids.
+        N completions of 1 to max_new_tokens ids, and the logarithm of each token's probability: the mean of its
+        negative over sampled tokens estimates the entropy.
 
     Raises:
         ValueError: an empty prompt, or another number of rows in `uniforms` than prompts.
@@ -63,10 +64,11 @@ def sample_completions(
         return _decode(running, scores[origin], uniforms.to(model.device), stop_tokens, logits_processor)
 
 
-def _decode(running: RunningRows, scores, uniforms, stop_tokens, logits_processor) -> list[list[int]]:
-    """From N rows that have been read, and the (N, V) scores of what follows, to their completions."""
+def _decode(running: RunningRows, scores, uniforms, stop_tokens, logits_processor):
+    """From N rows that have been read, and the (N, V) scores of what follows, to what `sample_completions` returns."""
     (num_rows, max_new_tokens), device = uniforms.shape, uniforms.device
     completions = torch.zeros((num_rows, max_new_tokens), dtype=torch.long, device=device)
+    log_probabilities = torch.zeros((num_rows, max_new_tokens), device=device)
     lengths = torch.full((num_rows,), max_new_tokens, device=device)
     rows = torch.arange(num_rows, device=device)  # the completion that each row of the batch writes
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -75,6 +77,8 @@ def _decode(running: RunningRows, scores, uniforms, stop_tokens, logits_processo
             scores = logits_processor(running.tokens, scores)
         drawn = draw(scores, uniforms[rows, step])  # (rows,)
         completions[rows, step] = drawn
+        chosen = scores.gather(1, drawn[:, None]).squeeze(1)  # (rows,)
+        log_probabilities[rows, step] = chosen - scores.logsumexp(dim=1)
         stopped = torch.isin(drawn, stop_tokens) & ~finished
         lengths[rows[stopped]] = step + 1
         finished |= stopped
@@ -86,4 +90,5 @@ def _decode(running: RunningRows, scores, uniforms, stop_tokens, logits_processo
             running.select(kept)
             rows, drawn, finished = rows[kept], drawn[kept], finished[kept]
         scores = running.append(drawn)
-    return [row[:length] for row, length in zip(completions.tolist(), lengths.tolist())]
+    lengths = lengths.tolist()
+    return tuple([row[:n] for row, n in zip(values.tolist(), lengths)] for values in (completions, log_probabilities))
