@@ -30,6 +30,7 @@ from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.tables import with_calls_shown
 from modeling_nanochat.tokenization_nanochat_gpt import message_text
 from modeling_nanochat.training import devices, scaling
+from modeling_nanochat.training.trainers.lora import merged
 from modeling_nanochat.training.trainers.reinforce import Problem, ReinforceConfig, ReinforceTrainer, Reward
 
 SAMPLES_SHOWN = 5
@@ -79,7 +80,7 @@ def main() -> None:
     after, samples_after = trainer.evaluate(), show_samples(trainer, validation, "after")
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():
-        save_checkpoint(whole, tokenizer, config.output_dir)
+        save_checkpoint(merged(whole, config.output_dir), tokenizer, config.output_dir)
     stage.say(sample_table(samples_before, samples_after))
     stage.say(comparison(before, after))
     results = {

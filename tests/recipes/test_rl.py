@@ -5,6 +5,8 @@ import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.tasks import arithmetic, operators
@@ -53,6 +55,17 @@ def test_own_rewards_and_problems_of_several_kinds(folder, monkeypatch, capsys):
     (step,) = (entry for entry in record["log_history"] if "call_rate" in entry)
     assert step["rewards/own_rewards:brevity/mean"] < 0
     assert [sample["task"] for sample in record["samples"]] == ["before", "before", "after", "after"]
+
+
+def test_adapters_alone_learn_and_are_merged_at_the_end(folder, monkeypatch):
+    (folder / "lengths.py").write_text("def length(text, problem):\n    return len(text)\n")
+    monkeypatch.syspath_prepend(folder)
+    run(folder, monkeypatch, "--rewards", "lengths:length", "--lora_rank", "2", "--lora_lr", "0.1",
+        "--output_dir", "adapted", "--max_steps", "2")  # fmt: skip
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "adapted"))
+    assert before.keys() == after.keys() and (folder / "adapted" / "adapter" / "adapter_model.safetensors").exists()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".layers." in name for name in moved)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,11 @@ from modeling_nanochat import render_prompt
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
+from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import cosine_to_zero, linear_to_zero, rl_schedules
 from modeling_nanochat.training.ranks import over_ranks
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
+from modeling_nanochat.training.trainers.lora import LORA_SETTINGS, LoraArguments, lora_param_groups, with_adapters
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.rollouts import sample_completions
 from modeling_nanochat.training.trainers.settings import (
@@ -72,14 +74,14 @@ Reward = Callable[[str, Problem], SupportsFloat | None]  # (text with its specia
 
 
 @dataclass
-class ReinforceConfig(MuonArguments, GRPOConfig):
+class ReinforceConfig(MuonArguments, LoraArguments, GRPOConfig):
     """Settings of `ReinforceTrainer`: TRL's own, and those of the optimizer's groups.
 
     A step samples `per_device_train_batch_size * gradient_accumulation_steps * devices` completions, `num_generations`
     of each question; the defaults are upstream's 16 questions x 16 samples.
     """
 
-    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | {
+    acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | LORA_SETTINGS | {
         "generation_batch_size", "steps_per_generation", "shuffle_dataset", "reward_weights", "lr_scheduler_type",
         "mask_truncated_completions", *PLAIN_REINFORCE
     }  # fmt: skip
@@ -113,6 +115,7 @@ class ReinforceConfig(MuonArguments, GRPOConfig):
     def check_ranges(self) -> None:
         super().check_ranges()
         check_fine_tuning_ranges(self)
+        self.check_lora_ranges()
         for name in ("embedding_lr", "scalar_lr"):
             check_range(self, name, 0)
         for name in ("num_generations", "num_generations_eval", "max_completion_length"):
@@ -194,7 +197,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         self.rewards, self.summarize = dict(rewards), summarize
         self.calculator = CalculatorLogitsProcessor(processing_class)
         super().__init__(
-            model=model,
+            model=with_adapters(model, args),
             reward_funcs=[named(name) for name in rewards],
             args=args,
             train_dataset=as_dataset(train_problems),
@@ -232,6 +235,11 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
             return self.args.max_steps
         questions = self.args.generation_batch_size // self.args.num_generations
         return math.ceil(len(self.train_dataset) // questions * self.args.num_train_epochs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.args.lora_rank and self.optimizer is None:
+            self.optimizer = MuonAdamW(lora_param_groups(model or self.model, self.args))
+        return super().create_optimizer(model)
 
     # ---------------------------------------------------------------- samples and rewards
 
