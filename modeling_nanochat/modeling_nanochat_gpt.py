@@ -9,17 +9,11 @@ costs one pass over the weight and, unlike autocast, compiles to the same number
 chunk, so a training step has no logits unless they are asked for.
 """
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -48,7 +42,7 @@ from .decoder_layer import (
     marked_linear,
 )
 from .growing_cache import grow_in_place
-from .tool_use import CalculatorLogitsProcessor, has_calculator, tokenizer_of_checkpoint
+from .own_decoding import OwnDecodingMixin
 
 # Where a saved folder finds its code. Transformers alone would write no AutoModel entry for a network with a head.
 AUTO_MAP = {
@@ -320,7 +314,7 @@ class NanoChatGPTModel(NanoChatGPTPreTrainedModel):
         return masks
 
 
-class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
+class NanoChatGPTForCausalLM(OwnDecodingMixin, NanoChatGPTPreTrainedModel, GenerationMixin):
     """The network with its head: next-token logits, the training loss, and `generate`."""
 
     create_masks_for_generate = staticmethod(NanoChatGPTModel.create_masks_for_generate)
@@ -338,57 +332,6 @@ class NanoChatGPTForCausalLM(NanoChatGPTPreTrainedModel, GenerationMixin):
         for module in self.modules():
             if type(module) is old:
                 module.__class__ = new
-
-    def calculator(self, tokenizer: PreTrainedTokenizerBase) -> CalculatorLogitsProcessor:
-        """For `generate(..., logits_processor=[model.calculator(tokenizer)])` with another tokenizer than the folder's,
-        also where only the folder's code is."""
-        return CalculatorLogitsProcessor(tokenizer)
-
-    def _uses_calculator(self, generation_config: GenerationConfig | None) -> bool:
-        own = getattr(self.generation_config, "use_calculator", False)
-        return bool(getattr(generation_config, "use_calculator", own))
-
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        """What every way of decoding asks for. Adds the calculator to it, behind everything that changes scores, where
-        the generation settings say `use_calculator` and the caller has not brought one.
-
-        So `generate`, a pipeline, lm-eval and a server compute without being told; `use_calculator=False` in the call
-        or in generation_config.json switches it off.
-        """
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        if self._uses_calculator(generation_config) and not has_calculator(processors):
-            tokenizer = tokenizer_of_checkpoint(self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-            processors.append(CalculatorLogitsProcessor(tokenizer))
-        return processors
-
-    def init_continuous_batching(
-        self,
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        *args,
-        **kwargs,
-    ):
-        """The entry to `generate_batch` and its server; paged attention runs on SDPA or a flash kernel.
-
-        Raises:
-            ValueError: for a network with smear, whose last embedding the paged cache has no place for.
-        """
-        if self.config.smear_channels:
-            raise ValueError(
-                f"smear_channels is {self.config.smear_channels}, expected 0 for continuous batching: the paged cache "
-                "keeps no embedding beside keys and values; use generate() with a left-padded batch"
-            )
-        if self._uses_calculator(generation_config):
-            settings = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
-            settings.per_request_processors, settings.use_async_batching = True, False  # see tool_use.py
-            continuous_batching_config = settings
-        before = self.config._attn_implementation
-        if before == BLOCK_ATTENTION:
-            self.set_attn_implementation("sdpa")
-        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
-        if before == BLOCK_ATTENTION:
-            manager._original_attn_impl = before  # what the manager restores when it stops
-        return manager
 
     @can_return_tuple
     def forward(
