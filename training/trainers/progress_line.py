@@ -19,6 +19,11 @@ SHOWN = {
 class ProgressLine(ProgressCallback):
     """See the module's description."""
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            self.training_bar.total = state.max_steps  # a budget of minutes moves the end
+        super().on_step_end(args, state, control, **kwargs)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return
