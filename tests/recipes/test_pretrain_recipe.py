@@ -118,7 +118,7 @@ def test_minutes_bound_the_run_and_are_what_is_announced(folder, tmp_path):
     pretrain(run)
     record = read_stage(tmp_path)
     assert record["announced"]["seconds"] == pytest.approx(6)
-    assert 1 < record["results"]["steps"] < 10**4 and record["seconds"] < 60
+    assert 1 <= record["results"]["steps"] < 10**4  # how well the minutes are kept is tested below, on a made-up clock
 
 
 @pytest.mark.parametrize("pace", [lambda step: 1.0, lambda step: 3.0, lambda step: 0.5, lambda step: 1 + step % 3])
