@@ -11,18 +11,22 @@ from modeling_nanochat.eval.intervals import Interval
 
 CALCULATION = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>", re.DOTALL)
 MARK = re.compile(r"<\|\w+\|>")
+LONGEST_CELL = 24  # characters; an interval has 20
 Columns = Mapping[str, Mapping[str, Any]]  # by model, then by figure
 
 
 def text_table(columns: Columns) -> str:
-    """One line for each figure, one column for each model."""
-    lines = [["", *columns]]
-    lines += [[name, *(cell(column, name) for column in columns.values())] for name in figure_names(columns)]
+    """One line for each figure, one column for each model; what all models share in words (such as which tasks went
+    in) below, once."""
+    rows = {name: [cell(column, name) for column in columns.values()] for name in figure_names(columns)}
+    shared = {name for name, cells in rows.items() if len(set(cells)) == 1 and len(cells[0]) > LONGEST_CELL}
+    lines = [["", *columns], *([name, *cells] for name, cells in rows.items() if name not in shared)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
+    table = [
         "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))])
         for line in lines
-    )
+    ]
+    return "\n".join([*table, *(f"{name}: {rows[name][0]}" for name in rows if name in shared)])
 
 
 def figure_names(columns: Columns) -> list[str]:

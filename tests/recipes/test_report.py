@@ -101,6 +101,8 @@ def test_tables_show_intervals_and_gaps():
     columns = {"a": {"x": Interval(0.5, 0.4, 0.6)}, "b": {"y": 1.25}}
     assert figure_names(columns) == ["x", "y"]
     assert cell(columns["a"], "x") == "0.500 [0.400, 0.600]" and cell(columns["a"], "y") == "-"
+    named = {model: figures | {"went_in": "one task + another + a third"} for model, figures in columns.items()}
+    assert text_table(named) == text_table(columns) + "\nwent_in: one task + another + a third"
     lines = text_table(columns).split("\n")
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
 
