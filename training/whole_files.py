@@ -16,6 +16,7 @@ from typing import Any
 
 STAGING = ".incomplete"
 CHECKSUMS = "checksums.json"
+FULL_BELOW = 1 << 20  # bytes: a disk with less than that left is taken to be why a write failed
 
 
 def write_whole_file(file: str | Path, write: Callable[[Path], object]) -> None:
@@ -63,7 +64,8 @@ def whole_folder(
         (staging / target.name).mkdir(parents=True)
     barrier()
     try:
-        yield staging / target.name
+        with full_disk_said(staging / target.name):
+            yield staging / target.name
     except BaseException:
         if is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
@@ -81,14 +83,29 @@ def whole_folder(
     barrier()
 
 
+@contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Libraries report a full disk each in their own words, such as a position in a file: here it is said in ours."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free < FULL_BELOW:
+            raise OSError(
+                f"the disk is full: {folder} could not be written ({type(error).__name__}); what was whole before is "
+                "kept; expected free space, or another output_dir"
+            ) from error
+        raise
+
+
 def replace_files(folder: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill an empty folder, then move its files one by one over those of `folder`, each of them whole."""
     folder = Path(folder)
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    write(staging)
-    flush(staging)
+    with full_disk_said(staging):
+        write(staging)
+        flush(staging)
     for file in sorted(staging.rglob("*")):
         if file.is_file():
             destination = folder / file.relative_to(staging)

@@ -171,10 +171,12 @@ class Suite:
     def two_processes(self) -> None:
         """The same stage twice at once."""
         output = "base_twice"
-        process = self.start(self.command("pretrain", output))
+        long = [*self.command("pretrain", output), "--max_steps", "100000"]
+        process = self.start(long)
         wait_for(lambda: (self.folder / output / "stage.lock").exists() or process.poll() is not None)
-        self.refused("pretrain: a second process in the folder", self.command("pretrain", output), "is at work in")
-        process.communicate(timeout=600)
+        self.refused("pretrain: a second process in the folder", long, "is at work in")
+        process.kill()
+        process.communicate()
 
     def disk_full(self) -> None:
         """A disk of a few megabytes that fills while checkpoints are saved."""
@@ -186,7 +188,7 @@ class Suite:
             self.note("pretrain: disk full", "skipped: this user may not mount a small disk", True)
             return
         try:
-            self.refused("pretrain: disk full", self.command("pretrain", "small_disk/base"), "")
+            self.refused("pretrain: disk full", self.command("pretrain", "small_disk/base"), "the disk is full")
         finally:
             subprocess.run(["umount", str(small)], check=False)
 

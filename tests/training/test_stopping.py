@@ -1,7 +1,9 @@
 """Runs that end early: by a signal, with everything kept; by a number that is not finite, with nothing spoilt."""
 
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,3 +94,19 @@ def test_resuming_takes_new_settings(tmp_path):
     for group in longer.optimizer.param_groups:
         same = {name: value for name, value in group.items() if name != "params"}
         assert same == {name: value for name, value in wanted[group["name"]].items() if name != "params"}
+
+
+def test_a_full_disk_is_said_and_keeps_what_was_whole(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    plain_save = torch.save
+
+    def save(value, file, *args, **kwargs):
+        if "checkpoint-4" in str(file):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 824640 vs 824528")
+        plain_save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"the disk is full: .*could not be written.*what was whole before is kept"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path, print).endswith("checkpoint-2")
