@@ -29,7 +29,7 @@ from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
-    MuonArguments,
+    FineTuningArguments,
     check_fine_tuning_ranges,
     check_range,
 )
@@ -38,7 +38,7 @@ ANSWERS = ("chosen", "rejected")
 
 
 @dataclass
-class NanoChatDPOConfig(MuonArguments, LoraArguments, DPOConfig):
+class NanoChatDPOConfig(FineTuningArguments, LoraArguments, DPOConfig):
     """Settings of `NanoChatDPOTrainer`: TRL's own, and those of the optimizer's groups."""
 
     acts: ClassVar[frozenset[str]] = COMMON | ACTS_IN_FINE_TUNING | LORA_SETTINGS | {
@@ -46,11 +46,6 @@ class NanoChatDPOConfig(MuonArguments, LoraArguments, DPOConfig):
         "dataloader_num_workers",
     }  # fmt: skip
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
-    save_strategy: str = field(
-        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
-    )
     init_lr_frac: float = field(
         default=0.02, metadata={"help": "Learning rates at the start, as a fraction of pretraining's; they fall to 0."}
     )

@@ -43,7 +43,7 @@ from modeling_nanochat.training.trainers.rollouts import sample_completions
 from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
-    MuonArguments,
+    FineTuningArguments,
     check_fine_tuning_ranges,
     check_range,
 )
@@ -74,7 +74,7 @@ Reward = Callable[[str, Problem], SupportsFloat | None]  # (text with its specia
 
 
 @dataclass
-class ReinforceConfig(MuonArguments, LoraArguments, GRPOConfig):
+class ReinforceConfig(FineTuningArguments, LoraArguments, GRPOConfig):
     """Settings of `ReinforceTrainer`: TRL's own, and those of the optimizer's groups.
 
     A step samples `per_device_train_batch_size * gradient_accumulation_steps * devices` completions, `num_generations`
@@ -86,11 +86,6 @@ class ReinforceConfig(MuonArguments, LoraArguments, GRPOConfig):
         "mask_truncated_completions", *PLAIN_REINFORCE
     }  # fmt: skip
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
-    save_strategy: str = field(
-        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
-    )
     init_lr_frac: float = field(
         default=0.05, metadata={"help": "Learning rates at the start, as a fraction of pretraining's."}
     )

@@ -108,6 +108,17 @@ def check_fine_tuning_ranges(settings: Any) -> None:
     check_range(settings, "per_device_eval_batch_size", 1)
 
 
+@dataclass
+class FineTuningArguments(MuonArguments):
+    """In its place for trainers that go over a data set: SFT, reinforcement, preferences."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
+    )
+
+
 def check_range(settings: Any, name: str, low: float, high: float = float("inf")) -> None:
     """`ValueError` unless the setting is None or a number from `low` to `high`."""
     value = getattr(settings, name)

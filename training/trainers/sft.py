@@ -47,7 +47,7 @@ from modeling_nanochat.training.trainers.pretrain import Evaluation
 from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
-    MuonArguments,
+    FineTuningArguments,
     check_fine_tuning_ranges,
     check_range,
 )
@@ -60,7 +60,7 @@ SHORT_RUN_STEPS, SHORT_RUN_BATCH_TOKENS = 1000, 65_536
 
 
 @dataclass
-class NanoChatSFTConfig(MuonArguments, LoraArguments, SFTConfig):
+class NanoChatSFTConfig(FineTuningArguments, LoraArguments, SFTConfig):
     """Settings of `NanoChatSFTTrainer`: TRL's own, and those of the optimizer's groups.
 
     A batch is `per_device_train_batch_size` rows for each device and accumulation step.
@@ -81,11 +81,6 @@ class NanoChatSFTConfig(MuonArguments, LoraArguments, SFTConfig):
             "help": "Learning rates at the start, as a fraction of pretraining's; by default 1, and more for a short "
             "run in small batches."
         },
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
-    save_strategy: str = field(
-        default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
     )
     warmdown_ratio: float = field(
         default=0.2, metadata={"help": "Share of the run at its end over which the learning rates fall to zero."}
