@@ -50,6 +50,6 @@ setup(
         "demo": [*TRAIN, *EVAL, "matplotlib", "reasoning-gym==0.1.25"],
         "gpu": ["flash-attn>=2.6", "kernels"],
         "chat": CHAT,
-        "dev": ["pytest>=8", "pytest-xdist", "parameterized", "ruff", "peft", *CHAT],
+        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "parameterized", "ruff", "peft", *CHAT],
     },
 )

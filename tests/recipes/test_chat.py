@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -226,10 +227,19 @@ def test_a_real_terminal(folder):
     def until(text: str, times: int = 1) -> None:
         nonlocal seen
         while seen.count(text) < times:
+            assert select.select([ours], [], [], 120)[0], f"nothing comes; {text!r} is not in {seen!r}"
             seen += os.read(ours, 10_000).decode(errors="replace").replace("\r", "")
 
     def send(text: str) -> None:
         os.write(ours, text.encode())
+
+    def interrupt(key: str) -> None:
+        """Ctrl-C in a line that has been begun: right at the prompt, Python can miss a signal that comes before it
+        waits for keys."""
+        send(key)
+        until(key)
+        time.sleep(0.3)
+        send("\x03")
 
     try:
         until("You: ")
@@ -239,15 +249,16 @@ def test_a_real_terminal(folder):
         send("\x1b[A\n")  # the line before, again
         until("Assistant: ", 2)
         until("You: ", 3)
-        send("\x03")
+        interrupt("first")
         until("(Ctrl-C again leaves")
         until("You: ", 4)
         send("/nonsense\n")
         until("there is no command /nonsense")
         until("You: ", 5)
-        send("\x03")
+        interrupt("second")
         until("(Ctrl-C again leaves", 2)
-        send("\x03")
+        until("You: ", 6)
+        interrupt("third")
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
