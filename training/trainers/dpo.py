@@ -30,7 +30,6 @@ from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
     FineTuningArguments,
-    check_fine_tuning_ranges,
     check_range,
 )
 
@@ -56,7 +55,6 @@ class NanoChatDPOConfig(FineTuningArguments, LoraArguments, DPOConfig):
     def check_ranges(self) -> None:
         super().check_ranges()
         self.check_lora_ranges()
-        check_fine_tuning_ranges(self)
         check_range(self, "beta", 0)
         check_range(self, "max_length", 2)
 

@@ -44,7 +44,6 @@ from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
     FineTuningArguments,
-    check_fine_tuning_ranges,
     check_range,
 )
 
@@ -109,7 +108,6 @@ class ReinforceConfig(FineTuningArguments, LoraArguments, GRPOConfig):
 
     def check_ranges(self) -> None:
         super().check_ranges()
-        check_fine_tuning_ranges(self)
         self.check_lora_ranges()
         for name in ("embedding_lr", "scalar_lr"):
             check_range(self, name, 0)

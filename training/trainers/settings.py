@@ -100,23 +100,22 @@ class MuonArguments:
             parse_dtype(getattr(self, name), name)
 
 
-def check_fine_tuning_ranges(settings: Any) -> None:
-    """What SFT and reinforcement have in common."""
-    check_range(settings, "init_lr_frac", 0)
-    check_range(settings, "num_train_epochs", 0)
-    check_range(settings, "per_device_train_batch_size", 1)
-    check_range(settings, "per_device_eval_batch_size", 1)
-
-
 @dataclass
 class FineTuningArguments(MuonArguments):
-    """In its place for trainers that go over a data set: SFT, reinforcement, preferences."""
+    """The same for trainers that go over a data set more or less often: SFT, reinforcement, preferences."""
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of the log."})
     save_strategy: str = field(
         default="no", metadata={"help": "Checkpoints on the way: no, steps, epoch; the end is always saved."}
     )
+
+    def check_ranges(self) -> None:
+        super().check_ranges()
+        check_range(self, "init_lr_frac", 0)
+        check_range(self, "num_train_epochs", 0)
+        check_range(self, "per_device_train_batch_size", 1)
+        check_range(self, "per_device_eval_batch_size", 1)
 
 
 def check_range(settings: Any, name: str, low: float, high: float = float("inf")) -> None:

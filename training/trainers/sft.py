@@ -48,7 +48,6 @@ from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,
     FineTuningArguments,
-    check_fine_tuning_ranges,
     check_range,
 )
 
@@ -106,7 +105,6 @@ class NanoChatSFTConfig(FineTuningArguments, LoraArguments, SFTConfig):
                 f"warm_start={self.warm_start} with lora_rank={self.lora_rank}, fsdp={self.fsdp}: the state of "
                 "pretraining's optimizer fits whole weights only; expected neither"
             )
-        check_fine_tuning_ranges(self)
         check_range(self, "warmdown_ratio", 0, 1)
         check_range(self, "max_length", 2)
         if self.packing or self.padding_free or self.assistant_only_loss:
