@@ -117,7 +117,7 @@ class SpanScorer:
 
     Args:
         model: any causal language model.
-        batch_tokens: rows x longest row that are in memory at once.
+        batch_tokens: rows x longest row that are in memory at once; halved for good when the device runs out of it.
 
     `shares_beginnings` and `chooses_states` say which of the two savings the model allows.
     """
@@ -152,14 +152,31 @@ class SpanScorer:
     def __call__(self, groups: Sequence[Group], label: str | None = None) -> list[list[SpanScore]]:
         """The scores of every group's spans, in the order of the groups. `label` names the progress bar."""
         scores: list[list[SpanScore]] = [[] for _ in groups]
-        batches = make_batches(groups, self.batch_tokens, self.vocabulary, self.shares_beginnings)
-        with eval_mode(self.model):
-            for batch in tqdm(batches, desc=label, leave=False, disable=label is None):
-                chosen = [groups[index] for index in batch.groups]
-                found = iter(self._score_batch(chosen, batch.shared))
-                for index, group in zip(batch.groups, chosen):
-                    scores[index] = [next(found) for _ in group.sequences]
+        waiting = range(len(groups))
+        with eval_mode(self.model), tqdm(total=len(groups), desc=label, leave=False, disable=label is None) as bar:
+            while waiting:
+                asked = [groups[index] for index in waiting]
+                for batch in make_batches(asked, self.batch_tokens, self.vocabulary, self.shares_beginnings):
+                    chosen = [asked[place] for place in batch.groups]
+                    try:
+                        found = iter(self._score_batch(chosen, batch.shared))
+                    except torch.OutOfMemoryError as error:
+                        self._take_less(chosen, error)
+                        break
+                    for place, group in zip(batch.groups, chosen):
+                        scores[waiting[place]] = [next(found) for _ in group.sequences]
+                    bar.update(len(chosen))
+                waiting = [index for index in waiting if not scores[index]]
         return scores
+
+    def _take_less(self, groups: Sequence[Group], error: torch.OutOfMemoryError) -> None:
+        """Halves the budget after groups that the device's memory did not hold."""
+        longest = max(group.longest for group in groups)
+        tokens = min(self.batch_tokens, longest * sum(len(group.sequences) for group in groups))
+        if tokens <= longest:  # one row at a time already
+            raise error
+        self.batch_tokens = tokens // 2
+        tqdm.write(f"out of memory with {tokens:,} tokens at once: going on with {self.batch_tokens:,}")
 
     @torch.no_grad()
     def _score_batch(self, groups: Sequence[Group], shared: int) -> list[SpanScore]:

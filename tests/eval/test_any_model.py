@@ -82,6 +82,26 @@ def test_fast_scores_are_those_of_plain_forward_passes(kind, batch_tokens):
     assert not model.training
 
 
+def test_a_full_device_halves_the_batch(monkeypatch, capfd):
+    model, groups = make_model("llama"), make_groups()
+    expected = SpanScorer(model)(groups)
+    held, forward = 300, model.model.forward  # tokens that the made-up device holds
+
+    def full(input_ids, **arguments):
+        if input_ids.numel() > held:
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **arguments)
+
+    scorer = SpanScorer(model)
+    monkeypatch.setattr(model.model, "forward", full)
+    for own, plain in zip(scorer(groups), expected, strict=True):
+        assert [score.loss for score in own] == pytest.approx([score.loss for score in plain], abs=2e-4)
+    assert scorer.batch_tokens < 1000 and "out of memory with" in capfd.readouterr().out
+    held = 10
+    with pytest.raises(torch.OutOfMemoryError):  # not even one row
+        scorer(groups)
+
+
 def test_scales_behind_the_head_matter_for_the_choice():
     """What made Granite and Cohere wrong: the head's own output is not their logits."""
     for kind, setting in (("granite", {"logits_scaling": 1.0}), ("cohere", {"logit_scale": 1.0})):
