@@ -35,7 +35,7 @@ class NanoChatLM(HFLM):
     """lm-eval's Hugging Face model with BOS, calculator and span scores; takes the same arguments."""
 
     def __init__(self, pretrained: Any, add_bos_token: bool | None = None, **arguments: Any):
-        super().__init__(pretrained, add_bos_token=add_bos_token, **arguments)
+        super().__init__(pretrained, **{"backend": "causal", "add_bos_token": add_bos_token, **arguments})
         self.add_bos_token = self.tokenizer.bos_token_id is not None if add_bos_token is None else add_bos_token
         self.tokenizer.add_bos_token = self.add_bos_token  # the parent leaves a tokenizer object as it is
         self.tools = [CalculatorLogitsProcessor(self.tokenizer)] if has_nanochat_tokens(self.tokenizer) else []
@@ -65,11 +65,18 @@ class NanoChatLM(HFLM):
 
 
 def main() -> None:
-    """The command `nanochat-eval`: lm-eval's own, with this model class and CORE's tasks unless told otherwise."""
+    """The command `nanochat-eval`: lm-eval's own, with this model class and CORE's tasks unless told otherwise.
+
+    What is wrong with a file or a setting ends in one line and exit code 2, as in every command here.
+    """
     if {"--tasks", "-t"} & set(sys.argv):
         sys.argv += [] if {"--model", "-M"} & set(sys.argv) else ["--model", "nanochat"]
         sys.argv += [] if "--include_path" in sys.argv else ["--include_path", str(TASKS)]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

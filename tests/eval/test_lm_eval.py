@@ -1,6 +1,8 @@
 """The harness's model class: likelihoods with one BOS, generation with the calculator."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from benchmarks.core import make_bundle
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.core.bundle import LABELS, read_tasks
 from modeling_nanochat.eval.core.scores import evaluate_task
-from modeling_nanochat.eval.lm_eval_model import TASKS, NanoChatLM
+from modeling_nanochat.eval.lm_eval_model import TASKS, NanoChatLM, main
 from modeling_nanochat.eval.span_scores import SpanScorer
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
@@ -110,6 +112,17 @@ def test_core_in_the_harness_decides_as_the_native_runner(harness, tmp_path, mon
         assert [sample["acc"] for sample in samples] == [float(answer.correct) for answer in native.answers]
         centered = found["results"][f"core_{task.label}"]["centered,none"]
         assert centered == pytest.approx(native.accuracy().centered)
+
+
+def test_the_command_says_in_one_line_what_a_bundle_lacks(harness, tmp_path, monkeypatch, capsys):
+    save_checkpoint(harness.model, harness.tokenizer, tmp_path / "model")
+    metadata = json.dumps({"core_bundle": str(make_bundle(tmp_path / "bundle"))})
+    words = ["--model_args", f"pretrained={tmp_path / 'model'}", "--tasks", "core_copa", "--metadata", metadata]
+    monkeypatch.setattr(sys, "argv", ["nanochat-eval", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("nanochat-eval: the bundle has no tasks ['copa'], only")
 
 
 def test_every_core_task_and_their_group_are_there():
