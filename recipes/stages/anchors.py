@@ -1,8 +1,9 @@
 """Where a model stands on CORE: its number among those of models that everybody knows, as a picture.
 
 GPT-2's numbers are upstream's measurements of OpenAI's weights; upstream's own models are named by their depth.
-Sources: nanochat's leaderboard and `dev/` (GPT-2, d24, d26), its first release (d20), the Hub's model cards of d32 and
-d34. Upstream has published no number for d12, only a curve.
+Sources: nanochat's leaderboard and `dev/` (GPT-2, d24, d26), `dev/LOG.md` (d16 on 2026-01-15, d18 on 2026-02-17), its
+first release (d20), the Hub's model cards of d32 and d34. d12, on which most of upstream's experiments run, has numbers
+in bits per byte there (0.965 on 2026-01-13) and none on CORE.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from modeling_nanochat.training.whole_files import write_whole_file
 
 ANCHORS = {
     "GPT-2 124M": 0.1139,
+    "nanochat d16 (2026-01)": 0.155,
     "GPT-2 355M": 0.1849,
+    "nanochat d18 (2026-02)": 0.199,
     "GPT-2 774M": 0.2146,
     "nanochat d20 (2025-10)": 0.2219,
     "GPT-2 1.5B": 0.2565,
