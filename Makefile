@@ -6,7 +6,6 @@ DEMO := recipes/configs/demo
 MODEL ?= out/demo/rl
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-UV := .versions/uv/bin/uv --quiet
 CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
@@ -49,15 +48,19 @@ browser-test: .venv/.installed ## the chat page in a headless Chromium (skipped 
 hf-tests: .venv/.installed ## Transformers' own common tests of a model, run against ours
 	$(BIN)/python -m tests.hf.run
 
-# Without a GPU, UV_TORCH_BACKEND=cpu saves gigabytes of CUDA.
+# uv finds the lowest versions, which pip cannot; pip installs, so that its configuration (indexes, links) holds.
 test-versions: .venv/.installed ## the quick tests on the lowest and on the newest versions that setup.py admits
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .versions/uv 'uv>=0.9'
-	for resolution in lowest-direct highest; do \
-		$(UV) venv --clear --python $(BIN)/python .versions/$$resolution && \
-		$(UV) pip install --python .versions/$$resolution --resolution $$resolution --editable '.[train]' && \
-		$(UV) pip install --python .versions/$$resolution --editable '.[demo,dev]' && \
-		HF_HUB_OFFLINE=1 .versions/$$resolution/bin/python -m pytest -n 2 -m 'not slow' || exit 1; \
+	.versions/uv/bin/uv --quiet pip compile --python $(BIN)/python --resolution lowest-direct --extra demo --extra dev \
+		setup.py --output-file .versions/lowest.txt
+	touch .versions/newest.txt
+	for end in lowest newest; do \
+		$(BIN)/python -m venv --clear .versions/$$end && \
+		.versions/$$end/bin/pip install --quiet --disable-pip-version-check \
+			--constraint .versions/$$end.txt --editable '.[demo,dev]' && \
+		HF_HUB_OFFLINE=1 .versions/$$end/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' || exit 1; \
 	done
+
 fault-test: .venv/.installed ## every stage killed, stopped, damaged and disturbed; minutes
 	$(BIN)/python -m tests.faults.run
 

@@ -6,18 +6,20 @@
 #   NANOCHAT_OUT=/big/disk DEPTH=20 bash recipes/speedrun.sh
 #   ERA=head bash recipes/speedrun.sh
 #   DEPTH=12 bash recipes/speedrun.sh    # one GPU
+#   CONFIGS=my/configs bash recipes/speedrun.sh    # own data and sizes: your copies of recipes/configs/speedrun/*.yaml
 set -euo pipefail
 ERA=${ERA:-seed}
 declare -A FOLDERS=([seed]=speedrun [head]=speedrun_head)
 FOLDER=${FOLDERS[$ERA]:?ERA is $ERA, expected seed or head}
 OUT=${NANOCHAT_OUT:-out/$FOLDER}
 DEPTH=${DEPTH:-24}
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+GPUS=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+[ "$GPUS" -gt 0 ] || { echo "there is no GPU here: recipes/runcpu.sh is for a CPU, or set GPUS" >&2; exit 2; }
 [ $((16 % GPUS)) -eq 0 ] || { echo "there are $GPUS GPUs; expected 1, 2, 4, 8 or 16: set GPUS to use fewer" >&2; exit 2; }
 ACCUMULATION=$((16 / GPUS))      # fine-tuning steps of 16 micro-batches over all GPUs
 LAUNCHER=recipes/accelerate/$([ "$GPUS" -eq 1 ] && echo one_gpu || echo eight_gpus).yaml
-BASE=recipes/configs/$FOLDER     # text and network are of an era
-CONFIGS=recipes/configs/speedrun # the later stages follow the network
+BASE=${CONFIGS:-recipes/configs/$FOLDER}        # text and network are of an era
+CONFIGS=${CONFIGS:-recipes/configs/speedrun}    # the later stages follow the network
 export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 run() {
     .venv/bin/accelerate launch --config_file "$LAUNCHER" --num_processes "$GPUS" -m "$@"
@@ -25,7 +27,7 @@ run() {
 
 make install
 .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' ||
-    echo "no FlashAttention for this machine: attention falls back to what torch has" >&2
+    echo "no kernels from the Hub (FlashAttention) here; training says what it takes instead" >&2
 .venv/bin/nanochat plan --depth "$DEPTH" --gpus "$GPUS" --era "$ERA"
 .venv/bin/nanochat prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
 .venv/bin/nanochat train_tokenizer --config $BASE/tokenizer.yaml --output_dir "$OUT/tokenizer"

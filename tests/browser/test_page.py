@@ -13,7 +13,7 @@ import pytest
 from modeling_nanochat.recipes.serving import engine as engine_module
 from tests.browser.driver import ENTER, NULL, SHIFT, Browser, is_installed
 from tests.recipes.test_serve import Server
-from tests.recipes.toy_chat import COUNT, COUNT_ANSWER, HELLO, HELLO_ANSWER, SUM, save_toy
+from tests.toys import COUNT, COUNT_ANSWER, HELLO, HELLO_ANSWER, SUM, save_chat_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ TITLES = "return [...document.querySelectorAll('#list li button:first-child')].m
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_toy(tmp_path_factory.mktemp("page") / "toy")
+    return save_chat_model(tmp_path_factory.mktemp("page") / "toy")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from modeling_nanochat.eval.multiple_choice import predict_letters
 from modeling_nanochat.eval.sampling import sample_and_judge
 from modeling_nanochat.eval.span_scores import Group, SpanScorer
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text
+from tests.toys import draw
 
 VOCABULARY = 320
 SIZES = {
@@ -42,9 +43,7 @@ def make_model(kind: str) -> torch.nn.Module:
     """Weights large enough that a wrong scale or a lost cache would change every score."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ARCHITECTURES[kind])).float().eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
+    draw(model, 0.3)
     return model
 
 

@@ -14,13 +14,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.core import slow_answer
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.bits_per_byte import packed_loss
 from modeling_nanochat.eval.core.bundle import LABELS, load_examples, read_tasks
 from modeling_nanochat.eval.core.prompts import crop, draw_shots, gold_of, prompts_of, render
 from modeling_nanochat.eval.core.scores import TaskResult, core_name, evaluate_task, summarize_core
 from modeling_nanochat.eval.span_scores import Group, SpanScorer, make_batches
 from modeling_nanochat.training.tokenizer import train_tokenizer
+from tests.toys import drawn_model
 
 WORDS = "red green blue one two three sun moon star tree river stone bird fish king queen salt bread".split(" ")  # noqa: SIM905
 TASKS = [
@@ -76,14 +76,9 @@ def make_model(era: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if era == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=256)).eval()
-    config = NanoChatGPTConfig.from_depth(
-        3, vocab_size=320, head_dim=32, max_position_embeddings=32, era=era, window_pattern="SL"
-    )
-    model = NanoChatGPTForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.abs().max() < 0.05:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    return drawn_model(
+        3, 0.2, lambda name, weight: weight.abs().max() < 0.05, max_position_embeddings=32, era=era, window_pattern="SL"
+    ).eval()
 
 
 @pytest.mark.parametrize("era", ["seed", "head", "gpt2"])

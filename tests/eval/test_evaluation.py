@@ -24,6 +24,7 @@ from modeling_nanochat.tokenization_nanochat_gpt import (
     token_bytes,
 )
 from modeling_nanochat.training.tokenizer import train_tokenizer
+from tests.toys import drawn_model, zero_matrices
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +38,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """A small network with weights that are not zero anywhere."""
-    torch.manual_seed(0)
     special = special_token_ids(tokenizer)
-    config = NanoChatGPTConfig.from_depth(
-        2, vocab_size=512, head_dim=32, max_position_embeddings=256, bos_token_id=special["<|bos|>"],
+    return drawn_model(
+        2, 0.05, zero_matrices, vocab_size=512, max_position_embeddings=256, bos_token_id=special["<|bos|>"],
         eos_token_id=[special["<|assistant_end|>"], special["<|bos|>"]], pad_token_id=special["<|bos|>"],
-    )  # fmt: skip
-    network = NanoChatGPTForCausalLM(config)
-    for parameter in network.parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return network.eval()
+    ).eval()  # fmt: skip
 
 
 def test_bits_per_byte_equals_a_slow_count(model, tokenizer):

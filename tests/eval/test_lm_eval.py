@@ -13,31 +13,23 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from benchmarks.core import make_bundle
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.core.bundle import LABELS, read_tasks
 from modeling_nanochat.eval.core.scores import evaluate_task
 from modeling_nanochat.eval.lm_eval_model import TASKS, NanoChatLM, main
 from modeling_nanochat.eval.span_scores import SpanScorer
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
-from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from tests.toys import digit_tokenizer, drawn_model, zero_matrices
 
 
 @pytest.fixture(scope="module")
 def harness():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pairs = [a + b for a in "0123456789" for b in "0123456789"][: 320 - 256 - 9]
-    tokenizer = tokenizer_from_ranks({**ranks, **{pair.encode(): 256 + i for i, pair in enumerate(pairs)}})
+    tokenizer = digit_tokenizer()
     special = special_token_ids(tokenizer)
-    torch.manual_seed(0)
-    config = NanoChatGPTConfig.from_depth(
-        2, vocab_size=320, head_dim=32, max_position_embeddings=64, bos_token_id=special["<|bos|>"],
-        eos_token_id=[special["<|assistant_end|>"], special["<|bos|>"]], pad_token_id=special["<|bos|>"],
-    )  # fmt: skip
-    model = NanoChatGPTForCausalLM(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = drawn_model(
+        2, 0.05, zero_matrices, bos_token_id=special["<|bos|>"], pad_token_id=special["<|bos|>"],
+        eos_token_id=[special["<|assistant_end|>"], special["<|bos|>"]],
+    ).eval()  # fmt: skip
     return NanoChatLM(model, tokenizer=tokenizer, batch_size=2, max_length=64)
 
 

@@ -10,7 +10,7 @@ from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.bits_per_byte import TextLoss, documents_loss
 from modeling_nanochat.eval.intervals import summarize_passes
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
-from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from tests.toys import digit_tokenizer
 
 METRICS = Path(__file__).parents[2] / "eval" / "metrics"
 
@@ -27,8 +27,7 @@ def test_pass_at_k_is_ours():
 
 
 def test_bits_per_byte_is_ours(tmp_path):
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    tokenizer = tokenizer_from_ranks({**ranks, **{str(i).encode() * 2: 256 + i for i in range(10)}})
+    tokenizer = digit_tokenizer()
     torch.manual_seed(0)
     config = NanoChatGPTConfig.from_depth(1, vocab_size=320, head_dim=32, max_position_embeddings=32)
     model = NanoChatGPTForCausalLM(config).eval()

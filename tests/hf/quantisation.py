@@ -12,13 +12,13 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from tests.modeling.test_hub import tiny_model
+from tests.toys import whole_model
 
 
 @pytest.mark.parametrize("era", ["seed", "head"])
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_int8_weights(library, era, tmp_path):
-    model = tiny_model(era)
+    model = whole_model(era)
     model.save_pretrained(tmp_path)
     input_ids = torch.randint(320, (2, 21), generator=torch.Generator().manual_seed(1))
     by_torchao = library == "torchao"

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, NanoChatGPTModel
-from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from modeling_nanochat import NanoChatGPTForCausalLM, NanoChatGPTModel
+from tests.toys import digit_tokenizer, whole_model
 
 CODE = {"configuration_nanochat_gpt.py", "modeling_nanochat_gpt.py"}
 AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -56,41 +56,20 @@ for folder in map(Path, sys.argv[2:]):
     assert answer[0]["generated_text"][-1]["role"] == "assistant", answer
     call = tokenizer("<|python_start|>12+30<|python_end|>", return_tensors="pt").input_ids
     processed = [model.calculator(tokenizer)]
-    answer = model.generate(call, attention_mask=torch.ones_like(call), max_new_tokens=4, logits_processor=processed)
+    answer = model.generate(call, attention_mask=torch.ones_like(call), max_new_tokens=3, logits_processor=processed)
     assert tokenizer.decode(answer[0, call.shape[1] :]) == "<|output_start|>42<|output_end|>", answer
     model.save_pretrained(folder / "saved_again")
     print("loaded", folder.name)
 """
 
 
-def byte_tokenizer():
-    """256 bytes, one merge, and the special tokens, padded with merges to 320."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    letters = [bytes([a, b]) for a in range(97, 105) for b in range(97, 105)]
-    ranks |= {pair: 256 + i for i, pair in enumerate(letters[: 320 - 256 - 9])}
-    return tokenizer_from_ranks(ranks, model_max_length=64)
-
-
-def tiny_model(era: str) -> NanoChatGPTForCausalLM:
-    """Four layers with every part of the era, its zero-initialised matrices drawn too so that each part counts."""
-    config = NanoChatGPTConfig.from_depth(
-        4, era=era, vocab_size=320, head_dim=32, max_position_embeddings=64, sliding_window=9, num_key_value_heads=2
-    )
-    torch.manual_seed(0)
-    model = NanoChatGPTForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.generation_config.update(bos_token_id=311, eos_token_id=[315, 311], pad_token_id=311)
-    return model
-
-
 @pytest.fixture(scope="module", params=["seed", "head"])
 def checkpoint(request, tmp_path_factory):
     """(folder, model): a checkpoint saved in shards, with what the network answers written beside it."""
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    model = tiny_model(request.param)
+    model = whole_model(request.param)
     model.save_pretrained(folder, max_shard_size="200KB")
-    byte_tokenizer().save_pretrained(folder)
+    digit_tokenizer(model_max_length=64).save_pretrained(folder)
     return folder, model
 
 
@@ -153,9 +132,9 @@ def test_it_loads_in_a_process_without_this_package(tmp_path):
     folders = []
     for era in ("seed", "head"):
         folders.append(tmp_path / era)
-        model = tiny_model(era)
+        model = whole_model(era)
         model.save_pretrained(folders[-1], max_shard_size="200KB")
-        byte_tokenizer().save_pretrained(folders[-1])
+        digit_tokenizer(model_max_length=64).save_pretrained(folders[-1])
         write_expectations(folders[-1], model)
     (tmp_path / "elsewhere").mkdir()
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelFor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_nanochat.decoder_layer import NanoChatGPTRMSNorm
-from tests.modeling.test_hub import tiny_model
+from tests.toys import whole_model
 
 ROOT = Path(__file__).parents[2]
 ERAS = ("seed", "head")
@@ -26,7 +26,7 @@ ERAS = ("seed", "head")
 def checkpoint(request, tmp_path_factory):
     """(folder, model, token ids, logits)"""
     folder = tmp_path_factory.mktemp("loading") / request.param
-    model = tiny_model(request.param)
+    model = whole_model(request.param)
     model.save_pretrained(folder)
     input_ids = torch.randint(320, (2, 21), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -129,7 +129,7 @@ def recorded_attention(query: torch.Tensor) -> torch.Tensor:
 def test_vllm_can_trace_what_it_fuses(era, monkeypatch):
     """It looks at modules by torch.fx before it merges or replaces what is in them: the three projections of an
     attention read the same input, its trace goes through to the end, and norms are modules of one input."""
-    model = tiny_model(era).to("meta")
+    model = whole_model(era).to("meta")
     attention, config = model.model.layers[1].self_attn, model.config  # of a layer with a value embedding
     monkeypatch.setattr(AttentionInterface, "get_interface", lambda *_: lambda _, query, *__, **___: (
         recorded_attention(query), None))  # fmt: skip
@@ -180,7 +180,7 @@ def compare_ranks_with_one(folder: str) -> None:
 def test_tensor_parallelism(tmp_path):
     folders = [str(tmp_path / era) for era in ERAS]
     for era, folder in zip(ERAS, folders):
-        tiny_model(era).save_pretrained(folder)
+        whole_model(era).save_pretrained(folder)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     run = subprocess.run(

@@ -7,9 +7,10 @@ from transformers.integrations import flash_attention
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_DEVICES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, choose_attention
+from modeling_nanochat import NanoChatGPTForCausalLM, choose_attention
 from modeling_nanochat.attention_choice import attention_candidates
 from modeling_nanochat.block_attention import BLOCK_ATTENTION, block_attention, block_attention_backward
+from tests.toys import drawn_model
 
 
 def obvious_attention(query, key, value, scaling, window):
@@ -58,15 +59,11 @@ def test_blocks_are_well_formed_operators(batch, heads_first):
 
 
 def tiny_model(era, attn_implementation):
-    torch.manual_seed(1)
-    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 17}
-    config = NanoChatGPTConfig.from_depth(4, vocab_size=64, head_dim=16, max_position_embeddings=32, era=era, **shape)
-    config._attn_implementation = attn_implementation
-    model = NanoChatGPTForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return drawn_model(
+        4, 0.3, seed=1, vocab_size=64, head_dim=16, max_position_embeddings=32, era=era,
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=17,
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
 
 
 def losses_and_gradients(model, ids):

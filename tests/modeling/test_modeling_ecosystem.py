@@ -7,19 +7,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, NanoChatGPTModel
 from modeling_nanochat.configuration_nanochat_gpt import ERAS
+from tests.toys import drawn_model
 
 
-def tiny_model(era="seed", **overrides):
-    torch.manual_seed(0)
-    config = NanoChatGPTConfig.from_depth(
-        4, vocab_size=96, head_dim=16, max_position_embeddings=64, era=era, hidden_size=64, num_attention_heads=4,
-        **overrides,
-    )  # fmt: skip
-    model = NanoChatGPTForCausalLM(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+def tiny_model(era="seed", **settings):
+    return drawn_model(
+        4, 0.3, vocab_size=96, head_dim=16, era=era, hidden_size=64, num_attention_heads=4, **settings
+    ).eval()
 
 
 def token_ids(batch=2, length=40):

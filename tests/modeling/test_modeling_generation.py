@@ -4,28 +4,10 @@ import pytest
 import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextStreamer
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
-from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from tests.toys import SHARP_NEW, SHARP_VOCAB, digit_tokenizer, sharp_model
 
-VOCAB, PROMPT, NEW, WINDOW = 320, 21, 16, 9
-
-
-def sharp_model(era: str) -> NanoChatGPTForCausalLM:
-    """Four layers with every part drawn, far from ties between the two best tokens; smear and gates fully at work."""
-    config = NanoChatGPTConfig.from_depth(
-        4, vocab_size=VOCAB, head_dim=16, max_position_embeddings=64, era=era, sliding_window=WINDOW,
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    torch.manual_seed(2)
-    model = NanoChatGPTForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-        elif "smear" in name:
-            torch.nn.init.constant_(parameter, 0.7)
-    model.generation_config.update(do_sample=False, max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
-    return model
+PROMPT = 21
 
 
 @pytest.fixture(scope="module", params=["seed", "head"])
@@ -35,11 +17,11 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def prompts():
-    return torch.randint(1, VOCAB, (3, PROMPT), generator=torch.Generator().manual_seed(0))
+    return torch.randint(1, SHARP_VOCAB, (3, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def recompute(model, ids, new=NEW):
+def recompute(model, ids, new=SHARP_NEW):
     """The obvious decoding: the whole row through the network for every token. (B, T) -> (B, new)"""
     start = ids.shape[1]
     for _ in range(new):
@@ -124,7 +106,7 @@ def recomputed_beams(model, ids, beams, new):
     for _ in range(new):
         totals = scores[:, None] + model(rows, use_cache=False).logits[:, -1].log_softmax(-1)
         scores, best = totals.flatten().topk(beams)
-        rows = torch.cat((rows[best // VOCAB], (best % VOCAB)[:, None]), dim=1)
+        rows = torch.cat((rows[best // SHARP_VOCAB], (best % SHARP_VOCAB)[:, None]), dim=1)
     return rows[scores.argmax()]
 
 
@@ -163,7 +145,7 @@ def test_a_conversation_goes_on_with_its_cache(model, prompts, expected):
 
 
 def test_continuous_batching(model, prompts, expected):
-    settings = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=SHARP_NEW, eos_token_id=-1, pad_token_id=0)
     if model.config.smear_channels:
         with pytest.raises(ValueError, match="smear_channels is 24, expected 0"):
             model.generate_batch(prompts.tolist(), generation_config=settings)
@@ -180,9 +162,7 @@ def test_continuous_batching(model, prompts, expected):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {pair: 256 + i for i, pair in enumerate(bytes([97, letter]) for letter in range(97, 97 + VOCAB - 265))}
-    return tokenizer_from_ranks(ranks, model_max_length=64)
+    return digit_tokenizer(model_max_length=64)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -191,6 +171,7 @@ def test_the_calculator_inside_generate(model, tokenizer, prompts, streaming, ca
     ids = [
         tokenizer.encode(text) for text in ("a<|python_start|>12*12<|python_end|>", "<|python_start|>7<|python_end|>z")
     ]
+    result = len(tokenizer.encode("<|output_start|>144<|output_end|>"))
     written = tokenizer.encode("<|python_start|>1/0<|python_end|><|python_start|>2+3<|python_end|>")
     size = max(map(len, ids))
     mask = torch.tensor([[0] * (size - len(row)) + [1] * len(row) for row in ids])
@@ -198,7 +179,7 @@ def test_the_calculator_inside_generate(model, tokenizer, prompts, streaming, ca
 
     def writes(input_ids, scores):
         """Both rows write the same text after what the calculator gave the first one: 144 in its marks."""
-        step = input_ids.shape[1] - size - 5
+        step = input_ids.shape[1] - size - result
         if 0 <= step < len(written):
             scores = torch.full_like(scores, -1e9)
             scores[:, written[step]] = 0.0
@@ -209,7 +190,7 @@ def test_the_calculator_inside_generate(model, tokenizer, prompts, streaming, ca
         ids[rows],
         attention_mask=mask[rows],
         logits_processor=[writes, CalculatorLogitsProcessor(tokenizer)],
-        max_new_tokens=5 + len(written) + 3,
+        max_new_tokens=result + len(written) + 3,
         streamer=TextStreamer(tokenizer) if streaming else None,
     )
     script = "<|python_start|>1/0<|python_end|><|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>"

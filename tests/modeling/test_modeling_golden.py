@@ -1,21 +1,12 @@
 """Every era against numbers that upstream's own code computed: logits, losses, gradient norms, greedy tokens."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from tests import golden_models
+from tests.golden_models import ERA_OF_CASE
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "model"
-ERA_OF_CASE = {
-    "2025_10_launch": "launch",
-    "2026_01_seed": "seed",
-    "2026_03_autoresearch1": "autoresearch1",
-    "2026_07_head": "head",
-}
 RENAMED = (
     ("transformer.wte", "model.embed_tokens"),
     ("transformer.h.", "model.layers."),
@@ -41,7 +32,7 @@ def our_name(name: str) -> str:
 
 def load_case(case: str) -> tuple[NanoChatGPTForCausalLM, dict, dict]:
     """The network with upstream's weights (vocabulary padding dropped), what upstream computed, and its report."""
-    report = json.loads((GOLDEN / case / "case.json").read_text())
+    report = golden_models.report(case)
     shape = report["model_config"]
     config = NanoChatGPTConfig.from_depth(
         shape["n_layer"],
@@ -55,11 +46,11 @@ def load_case(case: str) -> tuple[NanoChatGPTForCausalLM, dict, dict]:
         num_key_value_heads=shape["n_kv_head"],
     )
     model = NanoChatGPTForCausalLM(config)
-    weights = load_file(GOLDEN / case / "weights.safetensors")
+    weights = golden_models.upstream_weights(case)
     expected_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights = {our_name(name): tensor for name, tensor in weights.items()}
     model.load_state_dict({name: tensor[: expected_shapes[name][0]] for name, tensor in weights.items()})
-    return model, load_file(GOLDEN / case / "expected.safetensors"), report
+    return model, golden_models.expected(case), report
 
 
 @pytest.fixture(scope="module", params=ERA_OF_CASE)

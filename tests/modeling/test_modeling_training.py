@@ -9,22 +9,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, choose_attention, chunked_cross_entropy
+from tests.toys import drawn_model
+
+SMALL = {"vocab_size": 96, "head_dim": 16, "max_position_embeddings": 32}
 
 
-def tiny_config(era="seed", depth=3, **overrides):
-    return NanoChatGPTConfig.from_depth(
-        depth, vocab_size=96, head_dim=16, max_position_embeddings=32, era=era, **overrides
-    )
-
-
-def tiny_model(era="seed", **overrides):
+def tiny_model(era="seed", depth=3, **settings):
     """Every matrix and the smear's weight drawn, so that no gradient is zero because another tensor is."""
-    torch.manual_seed(0)
-    model = NanoChatGPTForCausalLM(tiny_config(era, **overrides))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 or "smear" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return drawn_model(depth, 0.2, lambda name, p: p.ndim == 2 or "smear" in name, era=era, **SMALL, **settings)
 
 
 def rows(batch=2, length=40, vocab_size=96):
@@ -132,7 +124,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_of_a_step_is_as_large_as_the_logits(monkeypatch):
     monkeypatch.setitem(chunked_cross_entropy.CHUNK_ELEMENTS, "cpu", 64 * 4096)
-    model = NanoChatGPTForCausalLM(tiny_config(depth=1))
+    model = NanoChatGPTForCausalLM(NanoChatGPTConfig.from_depth(1, **SMALL))
     model.resize_token_embeddings(4096, mean_resizing=False)
     ids = rows(batch=8, length=64, vocab_size=4096)
     with LargestTensor() as largest:
@@ -238,7 +230,7 @@ def from_a_checkpoint_that_lacks_them(config, tmp_path):
 @pytest.mark.parametrize("way_in", [from_constructor, from_meta_device, from_a_checkpoint_that_lacks_them])
 @pytest.mark.parametrize("era", ["seed", "head"])
 def test_fresh_weights(era, way_in, tmp_path):
-    config = tiny_config(era, depth=4)
+    config = NanoChatGPTConfig.from_depth(4, era=era, **SMALL)
     model = way_in(config, tmp_path)
     statistics, seen = expected_statistics(config), set()
     for name, tensor in model.named_parameters():

@@ -13,7 +13,7 @@ from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_
 from modeling_nanochat.inference import pad_left
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
-from tests.modeling.test_hub import byte_tokenizer
+from tests.toys import digit_tokenizer
 
 SUMS = [(a, b) for a in (7, 12, 30, 45, 88) for b in (5, 19, 60, 99)]
 
@@ -32,7 +32,7 @@ def conversation(a: int, b: int) -> list[dict]:
 def checkpoint(tmp_path_factory):
     """The folder of a tiny network that knows how to call the calculator for twenty sums."""
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
+    tokenizer = digit_tokenizer(model_max_length=64)
     rows = [render_conversation(tokenizer, conversation(*terms)) for terms in SUMS]
     ids, real = pad_left([ids for ids, _ in rows], tokenizer.pad_token_id)
     labels = ids.masked_fill(pad_left([mask for _, mask in rows], 0)[0] == 0, -100)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from modeling_nanochat.running_rows import RunningRows
-from tests.modeling.test_modeling_generation import VOCAB, recompute, sharp_model
+from tests.modeling.test_modeling_generation import recompute
+from tests.toys import SHARP_VOCAB, sharp_model
 
 
 def make_prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(1, SHARP_VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("era", ["seed", "head"])
@@ -31,7 +32,7 @@ def test_rows_of_a_changing_batch_decode_as_if_alone(era):
             rows.join(others, free)
             added = len(rows) - len(owners)
             owners += [None] * added
-            scores = torch.cat([scores, scores.new_empty(added, VOCAB)])
+            scores = torch.cat([scores, scores.new_empty(added, SHARP_VOCAB)])
             scores[slots] = other_scores
             for slot, prompt in zip(slots, joining):
                 owners[slot] = (prompt, [])

@@ -12,14 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
 from modeling_nanochat.tool_use import MAX_FORCED_TOKENS, CalculatorLogitsProcessor, calculate, forced_token_mask
-from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
+from tests.toys import digit_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pairs = [a + b for a in "0123456789" for b in "0123456789"][: 320 - 256 - 9]
-    return tokenizer_from_ranks({**ranks, **{pair.encode(): 256 + i for i, pair in enumerate(pairs)}})
+    return digit_tokenizer()
 
 
 @pytest.mark.parametrize(

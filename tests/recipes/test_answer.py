@@ -4,7 +4,7 @@ import pytest
 
 from modeling_nanochat.recipes.serving.answer import Answer, Call, Vocabulary, message_parts
 from modeling_nanochat.tokenization_nanochat_gpt import render_conversation, special_token_ids
-from tests.recipes.toy_chat import make_tokenizer
+from tests.toys import digit_tokenizer
 
 CALL, VALUE = "<|python_start|>12 + 30<|python_end|>", "<|output_start|>42<|output_end|>"
 ANSWERS = [
@@ -21,7 +21,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return digit_tokenizer()
 
 
 def read(tokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple[list, list[str]]:

@@ -17,14 +17,14 @@ from modeling_nanochat.recipes.chat import Chat, ChatArguments, obey
 from modeling_nanochat.recipes.serving.engine import Engine
 from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, render_conversation, special_token_ids
-from tests.recipes.toy_chat import CONTEXT, COUNT, COUNT_ANSWER, HELLO, HELLO_ANSWER, SUM, SUM_ANSWER, save_toy
+from tests.toys import CHAT_CONTEXT, COUNT, COUNT_ANSWER, HELLO, HELLO_ANSWER, SUM, SUM_ANSWER, save_chat_model
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_toy(tmp_path_factory.mktemp("chat") / "toy")
+    return save_chat_model(tmp_path_factory.mktemp("chat") / "toy")
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +84,20 @@ def test_typed_special_tokens_stay_text(talk):
 
 def test_with_its_defaults_a_conversation_of_any_length_goes_on(talk):
     """The defaults ask for answers as long as this context; nothing is forgotten before it must be."""
-    assert ChatArguments().max_new_tokens >= CONTEXT
+    assert ChatArguments().max_new_tokens >= CHAT_CONTEXT
     questions = [HELLO, SUM, HELLO, HELLO, HELLO, HELLO]
     notes = [talk.ask(question) for question in questions]
     assert notes[:2] == [None, None]
     assert notes.count("the model's memory is full: it no longer sees the first 2 messages") == 1
-    assert all(len(prompt) <= CONTEXT * 3 / 4 for prompt in talk.prompts)
-    assert len(talk.prompts[-1]) > CONTEXT / 2
+    assert all(len(prompt) <= CHAT_CONTEXT * 3 / 4 for prompt in talk.prompts)
+    assert len(talk.prompts[-1]) > CHAT_CONTEXT / 2
     assert "What is" not in talk.tokenizer.decode(talk.prompts[-1]) or talk.chat.forgotten < 4
     assert len(talk.chat.messages) == 2 * len(questions)  # what is kept and saved is all of it
 
 
 def test_a_message_may_take_the_room_of_the_answer_but_not_all(talk):
-    talk.ask("x" * (CONTEXT - 20))
-    assert len(talk.prompts[-1]) > CONTEXT * 3 / 4  # it is answered, though briefly
+    talk.ask("x" * (CHAT_CONTEXT - 20))
+    assert len(talk.prompts[-1]) > CHAT_CONTEXT * 3 / 4  # it is answered, though briefly
     with pytest.raises(ValueError, match=r"your message is too long: .* 304 tokens, .* holds 256"):
         talk.ask("x" * 300)
     before = list(talk.chat.messages)

@@ -25,15 +25,10 @@ from modeling_nanochat import (
 )
 from modeling_nanochat.decoder_layer import NanoChatGPTRMSNorm
 from modeling_nanochat.recipes import convert
-from tests.modeling.test_hub import byte_tokenizer
+from tests import golden_models
+from tests.golden_models import ERA_OF_CASE
+from tests.toys import anything, digit_tokenizer, draw, drawn_model
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "model"
-ERA_OF_CASE = {
-    "2025_10_launch": "launch",
-    "2026_01_seed": "seed",
-    "2026_03_autoresearch1": "autoresearch1",
-    "2026_07_head": "head",
-}
 MERGES = [b" t", b"he", b" a", b"in", b"re", b"on", b" the", b"er", b" s", b"at", b" w", b" o", b"en", b" c", b"it",
           b"is", b"an", b"or", b"es", b" b", b"ed", b" f", b"ing", b" p", b"ou", b" an", b"al", b"ar", b" to", b" m",
           b"\xc3\xa9", b"\n\n", b"  ", b"    ", b" and"]  # fmt: skip
@@ -48,9 +43,9 @@ def upstream_tokenizer() -> tiktoken.Encoding:
 
 def golden(case: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Upstream's tensors, and the meta file that it would write."""
-    report = json.loads((GOLDEN / case / "case.json").read_text())
-    meta = {"step": 10, "val_bpb": 1.25, "model_config": report["model_config"], "device_batch_size": 32}
-    return load_file(GOLDEN / case / "weights.safetensors"), meta
+    shape = golden_models.report(case)["model_config"]
+    meta = {"step": 10, "val_bpb": 1.25, "model_config": shape, "device_batch_size": 32}
+    return golden_models.upstream_weights(case), meta
 
 
 def write_upstream(folder: Path, tensors: dict, meta: dict, step: int = 10) -> Path:
@@ -86,7 +81,7 @@ def test_every_era_arrives_exactly(case, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{ERA_OF_CASE[case]} era" in said and "not converted: optim_000010_rank0.pt" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    expected = load_file(GOLDEN / case / "expected.safetensors")
+    expected = golden_models.expected(case)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits[:, expected["positions"]]
     assert logits.shape == expected["logits"].shape and (logits - expected["logits"]).abs().max() < 2e-4
@@ -328,8 +323,7 @@ def native_model() -> NanoChatForCausalLM:
     )  # fmt: skip
     torch.manual_seed(0)
     model = NanoChatForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    draw(model, 0.2, anything)
     return model
 
 
@@ -357,15 +351,9 @@ def test_transformers_own_class_arrives_exactly(tmp_path, monkeypatch):
 
 
 def test_a_launch_network_goes_to_transformers_own_class_and_back(tmp_path, monkeypatch):
-    config = NanoChatGPTConfig.from_depth(
-        3, era="launch", vocab_size=320, head_dim=32, max_position_embeddings=64, bfloat16_rotary_tables=False
-    )
-    torch.manual_seed(0)
-    model = NanoChatGPTForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = drawn_model(3, 0.2, anything, era="launch", bfloat16_rotary_tables=False).eval()
     model.save_pretrained(tmp_path / "ours")
-    byte_tokenizer().save_pretrained(tmp_path / "ours")
+    digit_tokenizer(model_max_length=64).save_pretrained(tmp_path / "ours")
     run(monkeypatch, "--to_native", tmp_path / "ours", "--output", tmp_path / "native")
     assert not list((tmp_path / "native").glob("*.py"))
     assert "use_calculator" not in json.loads((tmp_path / "native" / "generation_config.json").read_text())
@@ -378,7 +366,7 @@ def test_a_launch_network_goes_to_transformers_own_class_and_back(tmp_path, monk
     assert native.generate(ids, **options).equal(
         model.generate(ids, **options, pad_token_id=311, eos_token_id=[315, 311])
     )
-    assert AutoTokenizer.from_pretrained(tmp_path / "native")("a").input_ids == byte_tokenizer()("a").input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "native")("12").input_ids == digit_tokenizer()("12").input_ids
 
     run(monkeypatch, "--from_native", tmp_path / "native", "--output", tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
@@ -396,11 +384,7 @@ def test_transformers_own_class_is_refused_what_it_cannot_express(tmp_path, monk
 
 
 def test_a_network_of_our_own_goes_upstream_and_comes_back(tmp_path, monkeypatch):
-    config = NanoChatGPTConfig.from_depth(6, era="head", vocab_size=300, head_dim=64, max_position_embeddings=512)
-    torch.manual_seed(0)
-    model = NanoChatGPTForCausalLM(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = drawn_model(6, 0.2, anything, era="head", vocab_size=300, head_dim=64, max_position_embeddings=512)
     model.save_pretrained(tmp_path / "ours")
     run(monkeypatch, "--to_upstream", tmp_path / "ours", "--output", tmp_path / "upstream")
     meta = json.loads((tmp_path / "upstream" / "meta_000000.json").read_text())

@@ -14,15 +14,14 @@ from modeling_nanochat.recipes.serving.engine import Busy, Engine, Piece, Reques
 from modeling_nanochat.recipes.serving.sampling import Sampling, choose
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
-from tests.modeling.test_modeling_generation import sharp_model
-from tests.recipes.toy_chat import make_tokenizer
+from tests.toys import digit_tokenizer, sharp_model
 
 GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=1.0, top_k=0)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return digit_tokenizer()
 
 
 @pytest.fixture(params=["seed", "head"])

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.core import make_bundle
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.recipes import sft
 from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
@@ -24,6 +23,7 @@ from modeling_nanochat.tokenization_nanochat_gpt import message_text
 from modeling_nanochat.training.ranks import gather, is_sharded, over_ranks
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from tests.ranks import run_two_ranks
+from tests.toys import drawn_model, zero_matrices
 
 TASKS = ["core", "bits_per_byte", "multiple_choice", "problems"]
 
@@ -52,13 +52,7 @@ def prepared(tmp_path_factory) -> Path:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_bundle(folder / "bundle")
     tokenizer = train_tokenizer(texts, 512)
-    torch.manual_seed(0)
-    model = NanoChatGPTForCausalLM(
-        NanoChatGPTConfig.from_depth(2, vocab_size=512, head_dim=32, max_position_embeddings=128)
-    )
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = drawn_model(2, 0.2, zero_matrices, vocab_size=512, max_position_embeddings=128)
     save_checkpoint(model, tokenizer, str(folder / "base"))
     return folder
 

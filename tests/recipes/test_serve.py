@@ -25,15 +25,15 @@ from modeling_nanochat.recipes.serving.engine import Engine
 from modeling_nanochat.recipes.serving.sampling import Sampling
 from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, special_token_ids
-from tests.recipes.toy_chat import (
-    CONTEXT,
+from tests.toys import (
+    CHAT_CONTEXT,
     COUNT,
     COUNT_ANSWER,
     HELLO,
     HELLO_ANSWER,
     SUM,
     SUM_ANSWER,
-    save_toy,
+    save_chat_model,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def asked(question: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_toy(tmp_path_factory.mktemp("serve") / "toy")
+    return save_chat_model(tmp_path_factory.mktemp("serve") / "toy")
 
 
 class Server:
@@ -158,7 +158,7 @@ def test_settings_are_obeyed(server):
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens < 20  # it ended there
     full = client.chat.completions.create(model="toy", messages=asked(COUNT * 30), max_tokens=10_000)
-    assert full.choices[0].finish_reason == "length" and full.usage.total_tokens <= CONTEXT
+    assert full.choices[0].finish_reason == "length" and full.usage.total_tokens <= CHAT_CONTEXT
 
 
 def test_log_probabilities(server):

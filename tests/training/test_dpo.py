@@ -8,7 +8,8 @@ import torch
 from modeling_nanochat import render_conversation
 from modeling_nanochat.recipes.dpo import as_pair
 from modeling_nanochat.training.trainers.dpo import NanoChatDPOConfig, NanoChatDPOTrainer
-from tests.training.test_sft import LENGTH, make_model, make_tokenizer
+from tests.toys import narrow_model
+from tests.training.test_sft import LENGTH, make_tokenizer
 
 
 def pairs(count: int) -> list[dict]:
@@ -36,7 +37,7 @@ def make_trainer(folder, rows=None, **overrides) -> NanoChatDPOTrainer:
     }  # fmt: skip
     config = NanoChatDPOConfig(str(folder), **(settings | overrides))
     rows = pairs(24) if rows is None else rows
-    return NanoChatDPOTrainer(make_model(), config, rows, pairs(6), processing_class=make_tokenizer())
+    return NanoChatDPOTrainer(narrow_model(), config, rows, pairs(6), processing_class=make_tokenizer())
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation, render_prompt
+from modeling_nanochat import render_conversation, render_prompt
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.running_rows import draw
 from modeling_nanochat.tokenization_nanochat_gpt import OUTPUT_START
@@ -18,6 +19,7 @@ from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.reinforce import EVALUATION_STREAM, ReinforceConfig, ReinforceTrainer
 from modeling_nanochat.training.trainers.rollouts import sample_completions
 from tests.ranks import run_two_ranks
+from tests.toys import narrow_model
 
 
 def problems(count: int) -> list[dict]:
@@ -28,19 +30,7 @@ def make_tokenizer():
     return train_tokenizer([row["messages"][0]["content"] for row in problems(400)], 320)
 
 
-def make_model(era: str = "seed", **overrides) -> NanoChatGPTForCausalLM:
-    """Two narrow layers with every weight drawn, so that attention and MLP do something."""
-    torch.manual_seed(0)
-    config = NanoChatGPTConfig.from_depth(
-        2, vocab_size=320, head_dim=32, max_position_embeddings=128, era=era, hidden_size=64, num_attention_heads=2,
-        **overrides,
-    )  # fmt: skip
-    model = NanoChatGPTForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.15)
-    return model
+make_model = partial(narrow_model, max_position_embeddings=128)
 
 
 def questions(count: int) -> list[dict]:

@@ -47,6 +47,7 @@ def test_what_acts_elsewhere_is_refused_where_it_does_not(settings_class, name):
         (PretrainConfig, {"activation_dtype": "float16"}, "activation_dtype is 'float16'"),
         (PretrainConfig, {"bf16": True}, "bf16=True"),
         (PretrainConfig, {"max_grad_norm": 1.0}, "max_grad_norm=1.0"),
+        (NanoChatSFTConfig, {"report_to": "papyrus"}, "report_to is papyrus, expected none or what is installed"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(tmp_path, settings_class, settings, message):

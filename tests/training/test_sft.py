@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, render_conversation
+from modeling_nanochat import NanoChatGPTForCausalLM, render_conversation
 from modeling_nanochat.training.data.conversations import ConversationFile, write_rows
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.lora import ADAPTED, merged
 from modeling_nanochat.training.trainers.pretrain import Evaluation
 from modeling_nanochat.training.trainers.sft import NanoChatSFTConfig, NanoChatSFTTrainer, WholeBatches
 from tests.ranks import run_two_ranks
+from tests.toys import narrow_model
 
 LENGTH = 64
 
@@ -42,20 +43,6 @@ def make_tokenizer():
     return train_tokenizer([message["content"] for row in conversations(200) for message in row[:-1]], 320)
 
 
-def make_model() -> NanoChatGPTForCausalLM:
-    """Two narrow layers with every weight drawn: where blocks give zero, some gradients are mere rounding."""
-    torch.manual_seed(0)
-    config = NanoChatGPTConfig.from_depth(
-        2, vocab_size=320, head_dim=32, max_position_embeddings=LENGTH, hidden_size=64, num_attention_heads=2
-    )
-    model = NanoChatGPTForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.15)
-    return model
-
-
 def make_trainer(
     folder: Path, count: int = 64, train=None, validation=None, evaluations=(), **overrides
 ) -> NanoChatSFTTrainer:
@@ -67,7 +54,7 @@ def make_trainer(
         "polar_dtype": "float32",
     }
     return NanoChatSFTTrainer(
-        make_model(),
+        narrow_model(),
         NanoChatSFTConfig(str(folder), **(settings | overrides)),
         [{"messages": messages} for messages in conversations(count)] if train is None else train,
         [{"messages": json.dumps(messages)} for messages in conversations(21)] if validation is None else validation,
@@ -140,7 +127,7 @@ def final_weights(folder: Path, **overrides) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, ours: dict[str, torch.Tensor], other: Path, others: dict[str, torch.Tensor]) -> None:
-    start = dict(make_model().named_parameters())
+    start = dict(narrow_model().named_parameters())
     for name, weight in ours.items():
         moved = (others[name] - start[name]).norm()
         assert moved > 0 and (weight - others[name]).norm() <= 0.02 * moved, name
@@ -337,7 +324,7 @@ def test_evaluations_of_the_recipe_run_when_they_are_due(tmp_path):
 
 
 def test_adapters_are_trained_saved_resumed_and_merged(tmp_path):
-    start = {name: weight.clone() for name, weight in make_model().named_parameters()}
+    start = {name: weight.clone() for name, weight in narrow_model().named_parameters()}
     ended = []
     for checkpoint in (None, str(tmp_path / "checkpoint-2")):
         trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, lora_rank=4)

@@ -9,6 +9,8 @@ command line leaves those out of `--help`. The price is a list that must grow wi
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+from transformers.integrations import get_available_reporting_integrations
+
 from modeling_nanochat.training.devices import parse_dtype
 from modeling_nanochat.training.optimizer.eras import OPTIMIZER_ERAS
 
@@ -79,6 +81,9 @@ class MuonArguments:
         refuse_what_does_nothing(self)
         self.check_ranges()
         super().__post_init__()
+        missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
+        if missing:  # the Trainer would say so once the data are made
+            raise ValueError(f"report_to is {', '.join(missing)}, expected none or what is installed here")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
 
