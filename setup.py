@@ -32,6 +32,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=PACKAGES,
+    py_modules=["nanochat_command"],
     package_dir={f"modeling_nanochat.{folder}": folder for folder in FOLDERS},
     package_data={
         "modeling_nanochat": ["*.jinja"],
@@ -40,7 +41,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "nanochat = modeling_nanochat.recipes.command_line:main",
+            "nanochat = nanochat_command:main",
             "nanochat-eval = modeling_nanochat.eval.lm_eval_model:main",
         ]
     },
