@@ -49,7 +49,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
-        "demo": [*TRAIN, *EVAL, "matplotlib>=3.10", "reasoning-gym==0.1.25"],
+        "demo": [*TRAIN, *EVAL, "matplotlib>=3.10", "markdown-it-py>=3", "reasoning-gym==0.1.25"],
         "gpu": ["transformers[kernels]"],  # FlashAttention, compiled, from the Hub
         "chat": CHAT,
         "dev": [*TEST, *CHAT],

@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def run(recipe: Callable[[], None]) -> None:
     """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
+    # TRL sets what Transformers calls deprecated: nothing that a user of a recipe could mend.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     try:
         recipe()
     except Stopped as stopped:

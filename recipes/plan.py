@@ -15,23 +15,9 @@ import torch
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
-from modeling_nanochat.recipes.stages.record import readable_time
+from modeling_nanochat.recipes.stages.numbers import readable_time
+from modeling_nanochat.recipes.stages.prices import DOLLARS_PER_HOUR, RENTS
 from modeling_nanochat.training import devices, memory, scaling
-
-# Rent of each of `devices.DEVICES`: about what GPU clouds asked on demand at the beginning of 2026, written down from
-# memory and not looked up: for orientation only.
-DOLLARS_PER_HOUR = {
-    "B200": 4.99,
-    "H200": 3.59,
-    "H100 PCIe": 2.49,
-    "H100": 2.99,
-    "A100": 1.79,
-    "MI300X": 2.49,
-    "L40S": 0.86,
-    "RTX 5090": 0.89,
-    "RTX 4090": 0.69,
-    "RTX 3090": 0.46,
-}
 
 
 @dataclass
@@ -145,8 +131,7 @@ def main() -> None:
         raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(devices.DEVICES)}")
     config, plan = plan_of(arguments)
     print(describe_plan(config, plan))
-    rents = "rents for orientation, early 2026"
-    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({rents}):")
+    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({RENTS}):")
     for name in [arguments.device] if arguments.device else devices.DEVICES:
         print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
 

@@ -45,6 +45,7 @@ from modeling_nanochat.training.trainers.time_budget import TimeBudget
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
 SHARE_FOR_TRAINING = 0.95  # of a wall-clock budget; the rest is for evaluation and checkpoints
 SAMPLE_TOKENS = 48
+SAMPLE_TEMPERATURE = 0.8
 FOLLOWS = {"gradient_accumulation_steps": "total_batch_tokens, from which it follows"}
 BITS_PER_BYTE = "validation_bits_per_byte"
 
@@ -253,7 +254,8 @@ class Validation:
 
 
 class Samples:
-    """What the network goes on with after each prompt, by its likeliest tokens. `taken` collects them all."""
+    """What the network goes on with after each prompt, drawn: its likeliest tokens soon repeat themselves and tell
+    nothing. `taken` collects them all, once for each step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]):
         self.tokenizer, self.prompts = tokenizer, list(prompts)
@@ -263,7 +265,10 @@ class Samples:
         bos = self.tokenizer.bos_token_id
         ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
         # On all ranks, which would wait anyway: sharded weights need them all.
-        completions = generate_batch(model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=0)
+        completions = generate_batch(
+            model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=step
+        )
+        self.taken = [sample for sample in self.taken if sample["step"] != step]  # the last step is measured twice
         for prompt, (completion,) in zip(self.prompts, completions):
             self.taken.append({"step": step, "prompt": prompt, "completion": self.tokenizer.decode(completion)})
         return {}
