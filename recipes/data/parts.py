@@ -88,7 +88,7 @@ def load_part(
     if part.name in EMBEDDED:  # in no particular order of the corpus
         rows = list(rows)
         random.Random(seed).shuffle(rows)
-    return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row", disable=None))
+    return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row"))
 
 
 def open_part(
