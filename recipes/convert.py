@@ -49,35 +49,15 @@ from modeling_nanochat.recipes.conversion.upstream_tokenizer import (
     upstream_encoding,
     write_upstream_tokenizer,
 )
+from modeling_nanochat.recipes.publishing.card import write_model_card
+from modeling_nanochat.recipes.stages.tables import markdown_table
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
+from modeling_nanochat.training import model_card
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 from modeling_nanochat.training.whole_files import whole_folder
 
 ORIGIN = "upstream"  # folder, inside a converted one, of what only the way back needs
 PADDING = "padding.safetensors"
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- nanochat
----
-
-# nanochat, {config.num_hidden_layers} layers, {era} era
-
-{source}. The weights are those of the source, bit for bit.
-
-- {parameters:,} parameters, {config.num_hidden_layers} layers, {config.hidden_size} wide
-- {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} for keys and values
-- vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}
-
-```python
-from transformers import AutoModelForCausalLM{tokenizer_import}
-
-model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True){tokenizer_line}
-```
-"""
-CARD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)"
 
 
 @dataclass
@@ -139,7 +119,7 @@ def from_upstream(folder: Path, output: Path, step: int | None, tokenizer_folder
         print("no tokenizer.pkl beside the checkpoint (--tokenizer names its folder): only the network is written")
     with whole_folder(output) as partial:
         source = f"Converted from {model_file.name} of karpathy/nanochat"
-        write_folder(partial, config, weights, tokenizer, era, source)
+        write_folder(partial, config, weights, tokenizer, era, source, str(output))
         (partial / ORIGIN).mkdir()
         shutil.copyfile(meta_file, partial / ORIGIN / meta_file.name)
         if padding:
@@ -213,7 +193,7 @@ def from_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
         )
     with whole_folder(output) as partial:
         source = "Converted from a checkpoint of Transformers' `nanochat` class"
-        write_folder(partial, config, weights, tokenizer, "launch", source)
+        write_folder(partial, config, weights, tokenizer, "launch", source, str(output))
 
 
 def to_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
@@ -237,6 +217,7 @@ def to_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
             tokenizer.save_pretrained(partial)
         names = {name: other_name(name, NATIVE_NAMES) for name in weights}
         model.save_pretrained(partial, state_dict={names[name]: weight for name, weight in weights.items()})
+        write_model_card(folder, str(output), into=partial)
     print(f"{folder}: Transformers' own class, {describe(config, weights)}")
 
 
@@ -297,8 +278,10 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     era: str,
     source: str,
+    name: str,
 ) -> None:
-    """Everything that `from_pretrained` and the Hub want: weights, configuration, code, tokenizer, model card."""
+    """Everything that `from_pretrained` and the Hub want: weights, configuration, code, tokenizer, model card, which
+    loads the model from `name`."""
     if tokenizer is not None:
         check_vocabulary(tokenizer, config)
         config.update(generation_token_ids(tokenizer))
@@ -310,16 +293,12 @@ def write_folder(
     if tokenizer is not None:
         model.generation_config = chat_generation_config(tokenizer, config.max_position_embeddings)
     model.save_pretrained(folder, state_dict=dict(weights))
-    with_tokenizer = tokenizer is not None
-    card = MODEL_CARD.format(
-        era=era,
-        source=source,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
-        config=config,
-        tokenizer_import=", AutoTokenizer" if with_tokenizer else "",
-        tokenizer_line=CARD_TOKENIZER if with_tokenizer else "",
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    sections = [
+        f"{source}, {era} era. The weights are those of the source, bit for bit.",
+        "\n".join(markdown_table(("", ""), model_card.shape(folder))),
+        model_card.how_to_use(folder, name, chat=True) if tokenizer is not None else "It came without a tokenizer.",
+    ]
+    model_card.write_card(folder, model_card.card_text(f"nanochat, {config.num_hidden_layers} layers", sections))
 
 
 def read_safetensors(folder: Path) -> Tensors:

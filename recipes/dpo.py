@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training import scaling
@@ -40,6 +41,8 @@ def main() -> None:
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
     stage = Stage("dpo", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
+        if config.push_to_hub:
+            publish(stage, config)
         return
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
     checkpoint = checkpoint_to_resume(stage, config)
@@ -71,6 +74,7 @@ def main() -> None:
                 f"validation_{name}_before": before[f"eval_{name}"],
             }
     stage.finish(results, trainer.state.log_history)
+    publish(stage, config)
 
 
 def as_pair(row: dict[str, Any]) -> dict[str, Any]:

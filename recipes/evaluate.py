@@ -41,8 +41,9 @@ from modeling_nanochat.recipes.evaluation.measures import (
     measure,
     questions,
 )
+from modeling_nanochat.recipes.publishing.card import write_model_card
 from modeling_nanochat.recipes.stages.folder import load_for_inference
-from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.recipes.stages.record import Stage, read_stage
 from modeling_nanochat.recipes.stages.tables import text_table
 from modeling_nanochat.training import devices
 from modeling_nanochat.training.data.documents import is_local_path
@@ -85,6 +86,15 @@ def main() -> None:
     if PartialState().is_main_process:
         write_json(Path(arguments.output_json or Path(output_dir, "scores.json")), scores)
     stage.finish(results, samples=samples)
+    if PartialState().is_main_process:
+        write_cards(stage, arguments.models)
+
+
+def write_cards(stage: Stage, models: Sequence[str]) -> None:
+    """The cards of models that stages made get their new figures."""
+    for model in models:
+        if is_local_path(model) and read_stage(model) and (said := write_model_card(model)):
+            stage.say(said)
 
 
 def check(arguments: EvaluateArguments) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modeling_nanochat import NanoChatGPTConfig
+from modeling_nanochat.recipes.conversion.native_config import COMPATIBLE
 
 
 @dataclass
@@ -11,7 +12,13 @@ class NetworkArguments:
     """The shape: one dial, and what may be turned besides."""
 
     depth: int = field(default=12, metadata={"help": "Number of layers; sets the whole shape."})
-    era: str = field(default="seed", metadata={"help": "Network of upstream's 'seed' (2026-02) or 'head' (2026-07)."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "compatible: what Transformers' own nanochat class and MLX load (`convert --to_native`)."},
+    )
+    era: str | None = field(
+        default=None, metadata={"help": "Network of upstream's 'seed' (2026-02, the default) or 'head' (2026-07)."}
+    )
     head_dim: int = field(default=128, metadata={"help": "Width of an attention head."})
     aspect_ratio: int = field(default=64, metadata={"help": "Width for each layer of depth."})
     sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row, and of the network's context."})
@@ -21,7 +28,11 @@ class NetworkArguments:
     )
 
     def network(self, vocab_size: int, **special_token_ids: Any) -> NanoChatGPTConfig:
-        """The configuration that these settings and a tokenizer's vocabulary give."""
+        """The configuration that these settings and a tokenizer's vocabulary give.
+
+        Raises:
+            ValueError: a number below 1, or a setting that the preset does not leave open.
+        """
         for name in ("depth", "head_dim", "aspect_ratio", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -31,10 +42,19 @@ class NetworkArguments:
             head_dim=self.head_dim,
             aspect_ratio=self.aspect_ratio,
             max_position_embeddings=self.sequence_length,
-            era=self.era,
-            window_pattern=self.window_pattern,
-            **special_token_ids,
+            **(self.preset_settings() | special_token_ids),
         )
+
+    def preset_settings(self) -> dict[str, Any]:
+        """Era and windows, or in their place the fields that a preset sets."""
+        if self.preset is None:
+            return {"era": self.era or "seed", "window_pattern": self.window_pattern}
+        if self.preset != "compatible":
+            raise ValueError(f"preset is {self.preset!r}, expected compatible, or none")
+        for name in ("era", "window_pattern"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected none beside --preset compatible")
+        return dict(COMPATIBLE)
 
 
 @dataclass

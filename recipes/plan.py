@@ -111,7 +111,7 @@ def describe_device(
         return f"{name:>10}  {error}"
     needed = memory.memory_per_device(config, rows, length, gpus, torch.bfloat16)
     steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
-    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items() if size)
+    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items())
     return (
         f"{name:>10}  {readable_time(seconds):>12}  {dollars:>9,.0f} $  {rows:>3} rows x {steps:<3} "
         f" {sum(needed.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"

@@ -30,13 +30,12 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
 from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
+from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
-from modeling_nanochat.recipes.stages.record import Stage, is_main_process
+from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import devices, memory, scaling
 from modeling_nanochat.training.data.documents import open_documents
-from modeling_nanochat.training.data.near_duplicates import find_near_duplicates
-from modeling_nanochat.training.data.packing import PackingStats
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.data.row_source import RowSource
 from modeling_nanochat.training.ranks import gather
@@ -123,6 +122,8 @@ def pretrain(settings: RunSettings) -> None:
     groups = [arguments, settings.network, settings.horizon, measure, settings.on_the_way, config]
     stage = Stage("pretrain", config.output_dir, groups, [arguments.data, arguments.tokenizer], arguments.rerun)
     if stage.is_done():
+        if config.push_to_hub:
+            publish(stage, config)
         return
     logging.disable_progress_bar()  # of writing checkpoints, which would tear the one of training
     if torch.cuda.device_count() > config.world_size:
@@ -152,17 +153,13 @@ def pretrain(settings: RunSettings) -> None:
     if arguments.max_minutes is not None and checkpoint is None:
         trainer.add_callback(TimeBudget(trainer, stage.started + 60 * arguments.max_minutes))
     announce(stage, trainer, settled)
-    overlap = find_near_duplicates(documents) if is_main_process() else None
-    stage.say(str(overlap))
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.whole_model()
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir)
     done = dataclasses.replace(settled.plan, steps=trainer.state.global_step)  # a budget of minutes moves the end
-    results = results_of(trainer, done)
-    if overlap is not None:
-        results["validation_near_duplicates"] = dataclasses.asdict(overlap) | {"share": overlap.share}
-    stage.finish(results, trainer.state.log_history, samples.taken)
+    stage.finish(results_of(trainer, done), trainer.state.log_history, samples.taken)
+    publish(stage, config)
 
 
 def make_model(network: NanoChatGPTConfig, config: PretrainConfig) -> NanoChatGPTForCausalLM:
@@ -235,6 +232,7 @@ def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, 
         gradient_accumulation_steps=1,
         logging_steps=1,
         save_strategy="no",
+        push_to_hub=False,
         disable_tqdm=True,
         report_to="none",
     )
@@ -294,21 +292,11 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
     if speeds:
         results["tokens_per_second"] = statistics.median(speeds)
         results["mfu"] = results["tokens_per_second"] * plan.flops_per_token / trainer.peak_flops_per_second
-    return results | what_became_of_documents(trainer)
-
-
-def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
-    """Of all ranks' streams: the share of tokens that no row holds, and documents that were too long to be encoded
-    whole. All ranks call this together."""
-    streams: dict[int, PackingStats] = {}
-    for own in gather({number: stream.stats for number, stream in trainer.rows.open_streams.items()}):
-        streams |= own  # one stream may be read by several ranks
-    if not streams:  # nothing was left to train on
-        return {}
-    counts = {name: sum(getattr(each, name) for each in streams.values())
-              for name in ("tokens", "cropped_tokens", "cut_documents", "cut_characters")}  # fmt: skip
-    figures = {"cropped_share": counts["cropped_tokens"] / max(counts["cropped_tokens"] + counts["tokens"], 1)}
-    return figures | {name: counts[name] for name in ("cut_documents", "cut_characters") if counts[name]}
+    stats = [stream.stats for stream in trainer.rows.open_streams.values()]
+    if stats:
+        cropped, kept = sum(each.cropped_tokens for each in stats), sum(each.tokens for each in stats)
+        results["cropped_share"] = cropped / max(cropped + kept, 1)
+    return results
 
 
 def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:

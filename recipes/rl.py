@@ -25,6 +25,7 @@ from modeling_nanochat.eval.sampling import question_of
 from modeling_nanochat.eval.tasks.checkers import CHECKERS, checker_of, is_right
 from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.tables import with_calls_shown
@@ -63,6 +64,8 @@ def main() -> None:
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
     stage = Stage("rl", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
     if stage.is_done():
+        if config.push_to_hub:
+            publish(stage, config)
         return
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
     checkpoint = checkpoint_to_resume(stage, config)
@@ -89,6 +92,7 @@ def main() -> None:
         **{f"{name.removeprefix('eval_')}_after": value for name, value in after.items()},
     }
     stage.finish(results, trainer.state.log_history, samples_before + samples_after)
+    publish(stage, config)
 
 
 def find_reward(name: str) -> Reward:

@@ -26,6 +26,7 @@ from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
 from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
+from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.token_colors import colored_row
@@ -85,6 +86,8 @@ def main() -> None:
     groups = [arguments, watch, on_the_way, config]
     stage = Stage("sft", config.output_dir, groups, [arguments.model, *files], arguments.rerun)
     if not arguments.inspect and stage.is_done():
+        if config.push_to_hub:
+            publish(stage, config)
         return
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
     checkpoint = None if arguments.inspect else checkpoint_to_resume(stage, config)
@@ -110,6 +113,7 @@ def main() -> None:
         save_checkpoint(whole, tokenizer, config.output_dir)
         shutil.rmtree(Path(config.output_dir, "packed"))
     stage.finish(results_of(trainer, before, after), trainer.state.log_history, samples.taken)
+    publish(stage, config)
 
 
 def results_of(trainer: NanoChatSFTTrainer, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:

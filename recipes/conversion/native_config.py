@@ -19,6 +19,12 @@ REQUIRED_OF_OURS = {
     "use_residual_scalars": False, "use_value_embeddings": False, "smear_channels": 0, "use_backout": False,
     "query_key_scale": 1.0, "bfloat16_rotary_tables": False,
 }  # fmt: skip
+# What `pretrain --preset compatible` trains, for `from_depth`. MLX knows no other epsilon, softcap and windows (mlx-lm,
+# `models/nanochat.py`); Transformers' class reads the epsilon from its configuration.
+COMPATIBLE = {
+    "era": "launch", "window_pattern": "L", "bfloat16_rotary_tables": False, "rms_norm_eps": 1e-5,
+    "final_logit_softcapping": 15.0,
+}  # fmt: skip
 
 
 def config_from_native(folder: Path, overrides: dict[str, Any]) -> NanoChatGPTConfig:

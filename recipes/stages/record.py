@@ -8,7 +8,7 @@ pipeline again costs nothing, and changing one setting redoes that stage and wha
 A record vouches for the files beside it by their hashes, and is withdrawn before the first of them changes. Inputs are
 known by their contents: the hashes in the record of the stage that made them, or for a user's own files size and a
 sample of the bytes (whole, up to 16 MB). The price is reading what a stage left once more, at its end and before it is
-called done. Of several ranks the first one reads, and tells the others.
+called done.
 """
 
 import dataclasses
@@ -28,12 +28,17 @@ import torch
 from modeling_nanochat.recipes.stages.lock import NAME as LOCK
 from modeling_nanochat.recipes.stages.lock import release as release_lock
 from modeling_nanochat.recipes.stages.lock import take as take_lock
-from modeling_nanochat.training.ranks import on_main_process
 from modeling_nanochat.training.whole_files import checksums, damage, sampled_hash, write_json
 
 FILE_NAME = "stage.json"
-# Where a run writes, and how it is resumed or restarted, does not change what it computes.
-NOT_PART_OF_THE_WORK = {"output_dir", "rerun", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm"}
+# Where a run writes, where it is pushed, and how it is resumed or restarted, does not change what it computes; and a
+# token belongs into no file.
+NOT_PART_OF_THE_WORK = {
+    "output_dir", "rerun", "resume_from_checkpoint", "logging_dir", "run_name", "disable_tqdm",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+}  # fmt: skip
+# What a person may rewrite, and a later stage may add to: the model's card and what belongs to it.
+NOT_VOUCHED_FOR = ("README.md", "curves", ".eval_results")
 
 
 class Stage:
@@ -57,7 +62,7 @@ class Stage:
         self.identity = {
             "name": name,
             "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
-            "inputs": on_main_process(lambda: {str(path): fingerprint(path) for path in inputs}),
+            "inputs": {str(path): fingerprint(path) for path in inputs},
         }
         self.rerun = rerun
         self.goes_on = False  # from a checkpoint in the folder
@@ -67,9 +72,6 @@ class Stage:
     def is_done(self) -> bool:
         """True, with a line that says so, when the same work from the same inputs has been finished before and what it
         left is still there, to the byte."""
-        return on_main_process(self._is_done)
-
-    def _is_done(self) -> bool:
         record = read_stage(self.output_dir)
         if self.rerun or record is None:
             return False
@@ -147,13 +149,14 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def files_of_a_stage(folder: Path) -> dict[str, str]:
-    """sha256 of what a stage leaves behind: not its checkpoints, which only an unfinished run needs, nor its record."""
-    own = (FILE_NAME, "stage.begun.json", LOCK)
-    return {
-        name: digest
-        for name, digest in checksums(folder, lambda path: not path.parts[0].startswith("checkpoint-")).items()
-        if name not in own
-    }
+    """sha256 of what a stage leaves behind: not its checkpoints, which only an unfinished run needs, nor its record,
+    nor the model's card."""
+    own = (FILE_NAME, "stage.begun.json", LOCK, *NOT_VOUCHED_FOR)
+
+    def wanted(path: Path) -> bool:
+        return path.parts[0] not in own and not path.parts[0].startswith("checkpoint-")
+
+    return checksums(folder, wanted)
 
 
 def finite_or_none(value: Any) -> Any:

@@ -20,6 +20,7 @@ PROGRAMS = {
     "curl",
     "transformers",
     "git",
+    "hf",
 }
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 MESSAGE = re.compile(r"nanochat \w+: ")  # how a recipe says what is wrong

@@ -125,6 +125,8 @@ def check(command: str, monkeypatch) -> None:
         assert arguments[0] == "install"
         named = re.findall(r"\.\[([a-z,]+)\]", " ".join(arguments))
         assert {extra for group in named for extra in group.split(",")} <= extras()
+    elif program == "hf":
+        assert all(Path(word).is_file() for word in arguments if word.endswith(".py")), arguments
     elif program == "curl":
         json.loads(arguments[arguments.index("-d") + 1])
     else:

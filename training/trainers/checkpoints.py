@@ -8,22 +8,46 @@ All ranks must see the same file system.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
+from modeling_nanochat.inference import chat_generation_config
+from modeling_nanochat.training.trainers.publishing import PublishingMixin
 from modeling_nanochat.training.whole_files import STAGING, damage, whole_folder, write_checksums
 
 OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
 
 
-class WholeCheckpointsMixin:
+@contextmanager
+def as_it_answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    """In here the settings that are saved with a model are those of one that answers, with its cache and calculator,
+    and not those of training."""
+    if tokenizer is None or not isinstance(model, PreTrainedModel):  # adapters bring no settings
+        yield
+        return
+    context, use_cache, generation = (
+        model.config.max_position_embeddings,
+        model.config.use_cache,
+        model.generation_config,
+    )
+    model.config.use_cache = True  # the Trainer turns it off
+    tokenizer.model_max_length = context
+    model.generation_config = chat_generation_config(tokenizer, context)
+    try:
+        yield
+    finally:
+        model.config.use_cache, model.generation_config = use_cache, generation
+
+
+class WholeCheckpointsMixin(PublishingMixin):
     """Goes before a Trainer class, whose way of saving it replaces: the Trainer's writes in place, and rank 0's share
     of a sharded optimizer only. FSDP keeps its own files for the optimizer."""
 
@@ -36,6 +60,8 @@ class WholeCheckpointsMixin:
         is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
         with whole_folder(target, is_main_process=is_main, barrier=barrier, seal=write_checksums) as folder:
             self.save_model(str(folder), _internal_call=True)
+            if is_main:  # nothing reads it, and it holds the Hub's token
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.save_position(folder)
@@ -49,7 +75,8 @@ class WholeCheckpointsMixin:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if is_main:
-            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            spared = self.being_pushed if self.is_pushing() else None
+            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, spared)
 
     def whole_model(self) -> PreTrainedModel:
         """The network with all its weights, to be saved: the one in training, but under FSDP, where all ranks must
@@ -67,13 +94,18 @@ class WholeCheckpointsMixin:
         return whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model as it answers; with `push_to_hub`, unless this is the Trainer's own call, it is pushed too."""
         if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
+            with as_it_answers(self.model, self.processing_class):
+                return super().save_model(output_dir, _internal_call)
         whole = self.whole_model()
         if self.is_world_process_zero():
-            whole.save_pretrained(output_dir or self.args.output_dir)
+            with as_it_answers(whole, self.processing_class):
+                whole.save_pretrained(output_dir or self.args.output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
@@ -136,9 +168,11 @@ def latest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | Non
     return None
 
 
-def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
-    """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all."""
+def remove_old_checkpoints(output_dir: str | Path, keep: int | None, spared: str | None = None) -> None:
+    """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all. One may be `spared`."""
     for old in sort_checkpoints(str(output_dir))[: -keep if keep else 0]:
+        if spared and Path(old) == Path(spared):
+            continue
         doomed = Path(output_dir) / STAGING / Path(old).name
         doomed.parent.mkdir(exist_ok=True)
         os.rename(old, doomed)

@@ -76,6 +76,13 @@ class MuonArguments:
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no clipping here."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: no loss is hidden."})
     report_to: str | None = field(default="none", metadata={"help": "Tracker: none, trackio, wandb, ..."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When --push_to_hub pushes: end; every_save, each checkpoint too; checkpoint or all_checkpoints, "
+            "with what resuming takes."
+        },
+    )
 
     def __post_init__(self):
         refuse_what_does_nothing(self)
