@@ -19,11 +19,13 @@ install: .venv/.installed ## set up .venv with the tested versions
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, this is " + sys.version)'
+	@echo 'Setting up .venv with PyTorch and Transformers: some minutes, once.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
 demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in out/demo
+	@echo 'From nothing to a model that chats, in out/demo: about twelve minutes on two cores. The same command goes on where it stopped.'
 	$(BIN)/nanochat prepare_data --config $(DEMO)/data.yaml
 	$(BIN)/nanochat train_tokenizer --config $(DEMO)/tokenizer.yaml
 	$(LAUNCH) modeling_nanochat.recipes.pretrain --config $(DEMO)/pretrain.yaml
@@ -32,6 +34,8 @@ demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, cha
 	$(BIN)/nanochat evaluate --config $(DEMO)/evaluate.yaml
 	$(BIN)/nanochat chat --model out/demo/rl --temperature 0 --prompt 'What is 12 + 30?'
 	$(BIN)/nanochat report --config $(DEMO)/report.yaml
+	@echo 'Next: make chat (talk to it), make web (in the browser), out/demo/report.html (what happened).'
+	@echo 'Then: your own persona (docs/finetuning.md), or one GPU and a real model (docs/recipes.md).'
 
 chat: .venv/.installed ## talk to the demo's model in the terminal (MODEL=... for another)
 	$(BIN)/nanochat chat --model $(MODEL)

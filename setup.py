@@ -32,6 +32,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=PACKAGES,
+    py_modules=["nanochat_command"],
     package_dir={f"modeling_nanochat.{folder}": folder for folder in FOLDERS},
     package_data={
         "modeling_nanochat": ["*.jinja"],
@@ -40,7 +41,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "nanochat = modeling_nanochat.recipes.command_line:main",
+            "nanochat = nanochat_command:main",
             "nanochat-eval = modeling_nanochat.eval.lm_eval_model:main",
         ]
     },
@@ -48,7 +49,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
-        "demo": [*TRAIN, *EVAL, "matplotlib>=3.10", "reasoning-gym==0.1.25"],
+        "demo": [*TRAIN, *EVAL, "matplotlib>=3.10", "markdown-it-py>=3", "reasoning-gym==0.1.25"],
         "gpu": ["transformers[kernels]"],  # FlashAttention, compiled, from the Hub
         "chat": CHAT,
         "dev": [*TEST, *CHAT],

@@ -153,7 +153,10 @@ class SpanScorer:
         """The scores of every group's spans, in the order of the groups. `label` names the progress bar."""
         scores: list[list[SpanScore]] = [[] for _ in groups]
         waiting = range(len(groups))
-        with eval_mode(self.model), tqdm(total=len(groups), desc=label, leave=False, disable=label is None) as bar:
+        with (
+            eval_mode(self.model),
+            tqdm(total=len(groups), desc=label, leave=False, disable=label is None or None) as bar,
+        ):
             while waiting:
                 asked = [groups[index] for index in waiting]
                 for batch in make_batches(asked, self.batch_tokens, self.vocabulary, self.shares_beginnings):

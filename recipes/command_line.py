@@ -1,7 +1,5 @@
-"""How every recipe is called, and how it fails: `nanochat RECIPE [options]`, configs found by name, one line of error.
+"""How every recipe reads its settings, and how it fails: configs found by name, one line of error.
 
-    nanochat                                    # the recipes, a line each
-    nanochat plan --depth 20
     nanochat prepare_data --config demo/data    # recipes/configs/demo/data.yaml, wherever the package lies
     accelerate launch -m modeling_nanochat.recipes.pretrain --config demo/pretrain    # on several devices
 
@@ -10,12 +8,11 @@ code 2; NANOCHAT_TRACEBACK=1 shows where it came from. Anything else is a fault 
 """
 
 import argparse
-import ast
-import importlib
 import itertools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,37 +23,13 @@ from modeling_nanochat.recipes.stages.record import is_main_process
 from modeling_nanochat.training.trainers.settings import unused_settings
 from modeling_nanochat.training.trainers.stopping import Stopped
 
-FOLDER = Path(__file__).parent
-CONFIGS = FOLDER / "configs"
-
-
-def main() -> None:
-    """The command `nanochat`."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: nanochat RECIPE [options]      (nanochat RECIPE --help shows a recipe's options)\n")
-        print("\n".join(f"  {recipe:16} {purpose}" for recipe, purpose in recipes().items()))
-        return
-    if name not in recipes():
-        raise SystemExit(f"nanochat: there is no recipe {name!r}; expected one of {', '.join(recipes())}")
-    sys.argv = [f"nanochat {name}", *arguments]
-    run(importlib.import_module(f"modeling_nanochat.recipes.{name}").main)
-
-
-def recipes() -> dict[str, str]:
-    """Name and purpose of every recipe: the files beside this one that have a `main`, and how each of them opens."""
-    found = {}
-    for file in sorted(FOLDER.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        if file != Path(__file__) and any(
-            isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body
-        ):
-            found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
-    return found
+CONFIGS = Path(__file__).with_name("configs")
 
 
 def run(recipe: Callable[[], None]) -> None:
     """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
+    # TRL sets what Transformers calls deprecated: nothing that a user of a recipe could mend.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     try:
         recipe()
     except Stopped as stopped:
@@ -137,7 +110,3 @@ def find_config(name: str) -> Path:
             return path
     shipped = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
     raise ValueError(f"--config {name} is no file; expected a YAML file or one of {', '.join(shipped)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,23 +15,9 @@ import torch
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
-from modeling_nanochat.recipes.stages.record import readable_time
+from modeling_nanochat.recipes.stages.numbers import readable_time
+from modeling_nanochat.recipes.stages.prices import DOLLARS_PER_HOUR, RENTS
 from modeling_nanochat.training import devices, memory, scaling
-
-# Rent of each of `devices.DEVICES`: about what GPU clouds asked on demand at the beginning of 2026, written down from
-# memory and not looked up: for orientation only.
-DOLLARS_PER_HOUR = {
-    "B200": 4.99,
-    "H200": 3.59,
-    "H100 PCIe": 2.49,
-    "H100": 2.99,
-    "A100": 1.79,
-    "MI300X": 2.49,
-    "L40S": 0.86,
-    "RTX 5090": 0.89,
-    "RTX 4090": 0.69,
-    "RTX 3090": 0.46,
-}
 
 
 @dataclass
@@ -111,7 +97,7 @@ def describe_device(
         return f"{name:>10}  {error}"
     needed = memory.memory_per_device(config, rows, length, gpus, torch.bfloat16)
     steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
-    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items())
+    parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items() if size)
     return (
         f"{name:>10}  {readable_time(seconds):>12}  {dollars:>9,.0f} $  {rows:>3} rows x {steps:<3} "
         f" {sum(needed.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"
@@ -145,8 +131,7 @@ def main() -> None:
         raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(devices.DEVICES)}")
     config, plan = plan_of(arguments)
     print(describe_plan(config, plan))
-    rents = "rents for orientation, early 2026"
-    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({rents}):")
+    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({RENTS}):")
     for name in [arguments.device] if arguments.device else devices.DEVICES:
         print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
 

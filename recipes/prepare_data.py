@@ -152,7 +152,7 @@ def write_embedded_text(arguments: DataArguments, archives: embedded_data.Archiv
     shuffler.shuffle(training)
     shuffler.shuffle(validation)
     shards = [training[number :: arguments.shards] for number in range(arguments.shards)] + [validation]
-    for number, texts in enumerate(tqdm(shards, desc="shards", unit="shard")):
+    for number, texts in enumerate(tqdm(shards, desc="shards", unit="shard", disable=None)):
         table = pa.table({"text": pa.array(texts, pa.string())})
         file = folder / f"shard_{number:05d}.parquet"
         pq.write_table(table, file, row_group_size=ROW_GROUP_SIZE, compression="zstd")
@@ -168,7 +168,7 @@ def download_shards(name: str, shards: int, folder: Path) -> None:
         raise ValueError(f"{name} has {len(files)} parquet files, but training and validation need one each")
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [*files[: min(shards, len(files) - 1)], files[-1]]
-    for number, file in enumerate(tqdm(chosen, desc="shards", unit="shard")):
+    for number, file in enumerate(tqdm(chosen, desc="shards", unit="shard", disable=None)):
         downloaded, place = (
             os.path.realpath(from_hub(hf_hub_download, name, file)),
             folder / f"shard_{number:05d}.parquet",

@@ -32,10 +32,12 @@ from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
-from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.recipes.stages.record import Stage, is_main_process
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import devices, memory, scaling
 from modeling_nanochat.training.data.documents import open_documents
+from modeling_nanochat.training.data.near_duplicates import find_near_duplicates
+from modeling_nanochat.training.data.packing import PackingStats
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.data.row_source import RowSource
 from modeling_nanochat.training.ranks import gather
@@ -46,6 +48,7 @@ from modeling_nanochat.training.trainers.time_budget import TimeBudget
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
 SHARE_FOR_TRAINING = 0.95  # of a wall-clock budget; the rest is for evaluation and checkpoints
 SAMPLE_TOKENS = 48
+SAMPLE_TEMPERATURE = 0.8
 FOLLOWS = {"gradient_accumulation_steps": "total_batch_tokens, from which it follows"}
 BITS_PER_BYTE = "validation_bits_per_byte"
 
@@ -153,12 +156,17 @@ def pretrain(settings: RunSettings) -> None:
     if arguments.max_minutes is not None and checkpoint is None:
         trainer.add_callback(TimeBudget(trainer, stage.started + 60 * arguments.max_minutes))
     announce(stage, trainer, settled)
+    overlap = find_near_duplicates(documents) if is_main_process() else None
+    stage.say(str(overlap))
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.whole_model()
     if trainer.is_world_process_zero():
         save_checkpoint(model, tokenizer, config.output_dir)
     done = dataclasses.replace(settled.plan, steps=trainer.state.global_step)  # a budget of minutes moves the end
-    stage.finish(results_of(trainer, done), trainer.state.log_history, samples.taken)
+    results = results_of(trainer, done)
+    if overlap is not None:
+        results["validation_near_duplicates"] = dataclasses.asdict(overlap) | {"share": overlap.share}
+    stage.finish(results, trainer.state.log_history, samples.taken)
     publish(stage, config)
 
 
@@ -258,7 +266,8 @@ class Validation:
 
 
 class Samples:
-    """What the network goes on with after each prompt, by its likeliest tokens. `taken` collects them all."""
+    """What the network goes on with after each prompt, drawn: its likeliest tokens soon repeat themselves and tell
+    nothing. `taken` collects them all, once for each step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]):
         self.tokenizer, self.prompts = tokenizer, list(prompts)
@@ -268,7 +277,10 @@ class Samples:
         bos = self.tokenizer.bos_token_id
         ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
         # On all ranks, which would wait anyway: sharded weights need them all.
-        completions = generate_batch(model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=0)
+        completions = generate_batch(
+            model, self.tokenizer, ids, max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=step
+        )
+        self.taken = [sample for sample in self.taken if sample["step"] != step]  # the last step is measured twice
         for prompt, (completion,) in zip(self.prompts, completions):
             self.taken.append({"step": step, "prompt": prompt, "completion": self.tokenizer.decode(completion)})
         return {}
@@ -292,11 +304,21 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
     if speeds:
         results["tokens_per_second"] = statistics.median(speeds)
         results["mfu"] = results["tokens_per_second"] * plan.flops_per_token / trainer.peak_flops_per_second
-    stats = [stream.stats for stream in trainer.rows.open_streams.values()]
-    if stats:
-        cropped, kept = sum(each.cropped_tokens for each in stats), sum(each.tokens for each in stats)
-        results["cropped_share"] = cropped / max(cropped + kept, 1)
-    return results
+    return results | what_became_of_documents(trainer)
+
+
+def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
+    """Of all ranks' streams: the share of tokens that no row holds, and documents that were too long to be encoded
+    whole. All ranks call this together."""
+    streams: dict[int, PackingStats] = {}
+    for own in gather({number: stream.stats for number, stream in trainer.rows.open_streams.items()}):
+        streams |= own  # one stream may be read by several ranks
+    if not streams:  # nothing was left to train on
+        return {}
+    counts = {name: sum(getattr(each, name) for each in streams.values())
+              for name in ("tokens", "cropped_tokens", "cut_documents", "cut_characters")}  # fmt: skip
+    figures = {"cropped_share": counts["cropped_tokens"] / max(counts["cropped_tokens"] + counts["tokens"], 1)}
+    return figures | {name: counts[name] for name in ("cut_documents", "cut_characters") if counts[name]}
 
 
 def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:

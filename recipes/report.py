@@ -1,14 +1,15 @@
-"""Writes the report of a run: what each stage did, its curves, samples, the machine, time and cost.
+"""Writes the report of a run: what each stage did, its curves, samples, the machine, time and cost; or compares runs.
 
     nanochat report --config recipes/configs/demo/report.yaml
     nanochat report --run out/d20 --price_per_hour 24
+    nanochat report --run out/d20 --run out/d20_wider      # curves over each other, figures and settings side by side
 
 It reads the `stage.json` of every stage's folder and nothing else, so it can be made at any time, of unfinished runs
-too. The report is one Markdown file with its pictures in a folder beside it. Cost is time times a price that you give.
+too. A report is a Markdown file with its pictures in a folder beside it, and the same as one web page that stands
+alone. Cost is time times the price that you give, else the rent of the accelerator if it is a known one.
 """
 
-import json
-import re
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,30 +18,16 @@ from typing import Any
 
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.anchors import core_of_models, draw_anchors
+from modeling_nanochat.recipes.stages.comparison import compare
 from modeling_nanochat.recipes.stages.curves import draw_curves
-from modeling_nanochat.recipes.stages.record import FILE_NAME, readable_number, readable_time
-from modeling_nanochat.recipes.stages.tables import (
-    cell,
-    figure_names,
-    figure_text,
-    is_interval,
-    markdown_table,
-    with_calls_shown,
-)
+from modeling_nanochat.recipes.stages.numbers import readable_time
+from modeling_nanochat.recipes.stages.prices import RENTS, dollars_per_hour
+from modeling_nanochat.recipes.stages.record import read_stages
+from modeling_nanochat.recipes.stages.sections import TITLES, Record, label, number, readable, section, title
+from modeling_nanochat.recipes.stages.tables import figure_text, markdown_table
+from modeling_nanochat.recipes.stages.web_page import web_page
 from modeling_nanochat.training.whole_files import write_whole_file
 
-Record = dict[str, Any]
-
-# The order of a run, and what each stage is called in the report.
-TITLES = {
-    "data": "Data",
-    "tokenizer": "Tokenizer",
-    "pretrain": "Pretraining",
-    "sft": "Supervised fine-tuning",
-    "rl": "Reinforcement learning",
-    "eval": "Evaluation",
-}
-SAMPLES_SHOWN = 6  # of a stage
 # Figures by which a stage is known in the summary, the first of them that it has.
 HEADLINES = {
     "data": ("sft/train.jsonl", "rl/train.jsonl"),
@@ -52,12 +39,29 @@ HEADLINES = {
 }
 
 
+class GatherRuns(argparse.Action):
+    """`--run a b` and `--run a --run b` are the same, and take the place of the default."""
+
+    given = False
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) if self.given else []), *values])
+        self.given = True
+
+
 @dataclass
 class ReportArguments:
-    """Which run, and what an hour of its machine costs."""
+    """Which run or runs, and what an hour of the machine costs."""
 
-    run: str = field(default="out/demo", metadata={"help": "Folder whose subfolders are the stages."})
-    output: str | None = field(default=None, metadata={"help": "The report; report.md in the run's folder if unset."})
+    run: list[str] = field(
+        default_factory=lambda: ["out/demo"],
+        metadata={"help": "Folder whose subfolders are the stages; several are compared.", "action": GatherRuns},
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "The Markdown file, beside which the web page lies; report.md in the run's folder if unset, "
+                          "comparison.md beside the first of several."},
+    )  # fmt: skip
     price_per_hour: float | None = field(
         default=None, metadata={"help": "What the machine costs in an hour, for the cost of each stage."}
     )
@@ -66,25 +70,54 @@ class ReportArguments:
 
 def main() -> None:
     (arguments,) = parse(ReportArguments)
-    print(f"[report] {write_report(arguments)}")
+    file = write_report(arguments)
+    print(f"[report] {file} and {file.with_suffix('.html')}, one page that can be sent to somebody")
 
 
 def write_report(arguments: ReportArguments) -> Path:
-    """Write the report and its pictures; returns its path.
+    """Write the report, its pictures and its page; returns the path of the Markdown file.
 
     Raises:
-        ValueError: no stage of the run has been finished.
+        ValueError: no stage of a run has been finished, or a run is named twice.
     """
-    records = read_records(Path(arguments.run))
-    file = Path(arguments.output or Path(arguments.run) / "report.md")
+    folders = [Path(folder) for folder in arguments.run]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"--run names a run twice: {', '.join(arguments.run)}")
+    records = [in_order(read_stages(folder)) for folder in folders]
+    several = len(folders) > 1
+    file = Path(arguments.output or (folders[0].parent / "comparison.md" if several else folders[0] / "report.md"))
     pictures = file.with_suffix("")
-    sections = [summary(records, arguments)]
+    if several:
+        text = compare(dict(zip(short_names(folders), records)), pictures)
+    else:
+        text = report(arguments.run[0], records[0], arguments, pictures)
+    write_whole_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+    page = web_page(text, file.parent)
+    write_whole_file(file.with_suffix(".html"), lambda path: path.write_text(page, encoding="utf-8"))
+    return file
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """As the stages of a run follow each other; stages of other names come last."""
+    order = list(TITLES)
+    return sorted(records, key=lambda record: order.index(record["name"]) if record["name"] in order else len(order))
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders from each other: their own names, with those above them if these are equal."""
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
+def report(name: str, records: Sequence[Record], arguments: ReportArguments, pictures: Path) -> str:
+    """The report of one run: a summary, then every stage."""
+    parts = [summary(name, records, arguments)]
     for record in records:
         picture = draw_picture(record, pictures / f"{record['name']}.png")
-        sections.append(section(record, picture.relative_to(file.parent) if picture else None))
-    text = "\n\n".join(sections) + "\n"
-    write_whole_file(file, lambda path: path.write_text(text, encoding="utf-8"))
-    return file
+        parts.append(section(record, picture.relative_to(pictures.parent) if picture else None))
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_picture(record: Record, file: Path) -> Path | None:
@@ -93,38 +126,60 @@ def draw_picture(record: Record, file: Path) -> Path | None:
     return draw_anchors(core, file) if core else draw_curves(record, file)
 
 
-def read_records(run: Path) -> list[Record]:
-    """Records of the finished stages in the order of a run; stages of other names come last."""
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(run.glob(f"*/{FILE_NAME}"))]
-    if not records:
-        raise ValueError(f"no stage has been finished in {run}; expected at least one {run}/*/{FILE_NAME}")
-    order = list(TITLES)
-    return sorted(records, key=lambda record: order.index(record["name"]) if record["name"] in order else len(order))
-
-
 # ---------------------------------------------------------------- the summary
 
 
-def summary(records: Sequence[Record], arguments: ReportArguments) -> str:
-    """Title, machine, and one line for each stage."""
-    total = sum(record["seconds"] for record in records)
-    rows = [
-        (title(record), headline(record), readable_time(record["seconds"]), cost(record["seconds"], arguments))
-        for record in records
-    ]
-    rows.append(("**Together**", "", f"**{readable_time(total)}**", f"**{cost(total, arguments)}**"))
+def summary(name: str, records: Sequence[Record], arguments: ReportArguments) -> str:
+    """Title, machine, date, one line for each stage, and what figures of one name have to do with each other."""
+    prices = [arguments.price_per_hour or dollars_per_hour(record["machine"]) for record in records]
+    costs = [None if price is None else record["seconds"] / 3600 * price for record, price in zip(records, prices)]
+    rows = [[title(record), headline(record), readable_time(record["seconds"])] for record in records]
+    rows.append(["**Together**", "", f"**{readable_time(sum(record['seconds'] for record in records))}**"])
+    header = ["Stage", "Result", "Time"]
+    if any(price is not None for price in prices):
+        header.append("Cost")
+        for row, amount in zip(rows, costs):
+            row.append(money(amount, arguments.currency))
+        rows[-1].append(f"**{money(sum(amount or 0 for amount in costs), arguments.currency)}**")
     machines = list(dict.fromkeys(describe_machine(record["machine"]) for record in records))
-    lines = [f"# Report of {arguments.run}", "", "Machine: " + "; ".join(machines) + ".", ""]
-    lines += markdown_table(("Stage", "Result", "Time", "Cost"), rows)
-    if arguments.price_per_hour is None:
-        lines += ["", "Costs are not known: no price was given (`--price_per_hour`)."]
-    else:
+    lines = [f"# Report of {readable(name)}", "", f"{when(records)}Machine: {'; '.join(machines)}.", ""]
+    lines += markdown_table(header, rows)
+    if arguments.price_per_hour is not None:
         lines += ["", f"Costs are time times {arguments.currency}{arguments.price_per_hour:g} an hour."]
+    elif "Cost" in header:
+        lines += ["", f"Costs are time times the accelerator's rent ({RENTS}); `--price_per_hour` sets another price."]
+    else:
+        lines += ["", "Costs are not known: no price was given (`--price_per_hour`)."]
+    for line in twins(records):
+        lines += ["", line]
     return "\n".join(lines)
 
 
-def title(record: Record) -> str:
-    return TITLES.get(record["name"], record["name"])
+def when(records: Sequence[Record]) -> str:
+    """When the last stage ended, and by which code the stages were run, as far as their records say."""
+    ends = sorted(record["finished"] for record in records if record.get("finished"))
+    commits = list(dict.fromkeys(record["git"] for record in records if record.get("git")))
+    date = f"Finished {ends[-1][:16].replace('T', ' ')}. " if ends else ""
+    return date + (f"Code: {', then '.join(commits)}. " if commits else "")
+
+
+def twins(records: Sequence[Record]) -> list[str]:
+    """Why one model has two figures of one name, where it has."""
+    found = {record["name"]: record for record in records}
+    evaluated = list(found["eval"]["results"].values())[-1:] if "eval" in found else []
+    measured = {name for figures in evaluated if isinstance(figures, dict) for name in figures}
+    lines = []
+    if "pretrain" in found and "bits_per_byte" in measured:
+        lines.append(
+            "Bits per byte are two measurements: pretraining's on packed rows, where documents are cut to fit, "
+            "evaluation's on whole documents, the same bytes for every model; the second is for comparing models."
+        )
+    if "pass@1_after" in found.get("rl", {}).get("results", {}) and "pass@1" in measured:
+        lines.append(
+            "Reinforcement and evaluation draw their own samples for pass@1, of other numbers of held-out problems: "
+            "two measurements of one model agree within their intervals."
+        )
+    return lines
 
 
 def headline(record: Record) -> str:
@@ -136,11 +191,10 @@ def headline(record: Record) -> str:
     return of + ", ".join(f"{label(name)} {figure_text(results[name], partial(number, name=name))}" for name in names)
 
 
-def cost(seconds: float, arguments: ReportArguments) -> str:
-    if arguments.price_per_hour is None:
+def money(amount: float | None, currency: str) -> str:
+    if amount is None:
         return "-"
-    amount = seconds / 3600 * arguments.price_per_hour
-    return f"{arguments.currency}{amount:.2f}" if amount >= 0.01 else f"< {arguments.currency}0.01"
+    return f"{currency}{amount:.2f}" if amount >= 0.01 else f"< {currency}0.01"
 
 
 def describe_machine(machine: Record) -> str:
@@ -150,88 +204,6 @@ def describe_machine(machine: Record) -> str:
     )
     processes = f", {machine['world_size']} processes" if machine["world_size"] > 1 else ""
     return f"{device}, {machine['memory_gib']} GiB{processes}, Python {machine['python']}, PyTorch {machine['torch']}"
-
-
-# ---------------------------------------------------------------- one stage
-
-
-def section(record: Record, picture: Path | None) -> str:
-    """Everything about one stage: what was announced, its picture, figures, samples and settings."""
-    lines = [f"## {title(record)}", ""]
-    if record["announced"]:
-        lines += [announcement(record["announced"]), ""]
-    if picture is not None:
-        lines += [f"![{title(record)}]({picture})", ""]
-    lines += figures(record["results"])
-    if record["samples"]:
-        lines += ["", "### Samples", "", *samples(record["samples"])]
-    if record["arguments"]:
-        settings = json.dumps(record["arguments"], indent=1, ensure_ascii=False)
-        lines += ["", "<details><summary>Settings that differ from the defaults</summary>", ""]
-        lines += ["```json", settings, "```", "", "</details>"]
-    return "\n".join(lines)
-
-
-def announcement(facts: Record) -> str:
-    return "Planned: " + ", ".join(f"{label(name)} {number(value, name)}" for name, value in facts.items()) + "."
-
-
-def figures(results: Record) -> list[str]:
-    """A table of the results; of several models side by side if the results are grouped by model."""
-    groups = {name: value for name, value in results.items() if isinstance(value, dict) and not is_interval(value)}
-    if groups:
-        rows = [(label(name), *(cell(group, name) for group in groups.values())) for name in figure_names(groups)]
-        return markdown_table(("", *groups), rows)
-    shown = {name: value for name, value in results.items() if not isinstance(value, list)}
-    rows = [(label(name), figure_text(value, partial(number, name=name))) for name, value in shown.items()]
-    return markdown_table(("Figure", "Value"), rows)
-
-
-def samples(records: Sequence[Record]) -> list[str]:
-    """Questions and answers as quotations; of many, some of each kind."""
-    chosen: dict[tuple, list[Record]] = {}
-    for record in records:
-        chosen.setdefault((record.get("model"), record.get("task"), record.get("step")), []).append(record)
-    each = max(1, SAMPLES_SHOWN // len(chosen))
-    lines = []
-    for (model, task, step), group in chosen.items():
-        about = ", ".join(str(part) for part in (model, task, f"step {step}" if step is not None else None) if part)
-        lines += [f"**{about}**", ""] if about else []
-        for record in group[:each]:
-            question = record.get("question", record.get("prompt", ""))
-            answer = record.get("completion", (record.get("completions") or [""])[0])
-            right = record.get("right", (record.get("correct") or [None])[0])
-            verdict = "" if right is None else (" ✓" if right else " ✗")
-            lines += [quotation(f"**{readable(question)}** {readable(answer)}{verdict}"), ""]
-    return lines[:-1]
-
-
-def readable(text: str) -> str:
-    """Text with calculator calls as `[12 + 30 = 42]` and without other marks, safe in Markdown."""
-    return re.sub(r"([\\`*_#<>|])", r"\\\1", with_calls_shown(text))
-
-
-def quotation(text: str) -> str:
-    return "\n".join(f"> {line}  " if line else ">" for line in text.split("\n"))
-
-
-# ---------------------------------------------------------------- words and numbers
-
-
-def label(name: str) -> str:
-    return name if "/" in name else name.replace("_", " ")
-
-
-def number(value: Any, name: str = "") -> str:
-    """A figure as one reads it: 4.47 M, 2 min 40 s, 0.987, or the text it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if name == "seconds":
-        return readable_time(value)
-    if abs(value) >= 10_000:
-        unit = {"bytes": "B", "flops": "FLOP"}.get(name, "")
-        return (readable_number(value) + unit).strip()
-    return f"{value}" if isinstance(value, int) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def results_of(trainer: NanoChatSFTTrainer, before: dict[str, float], after: dic
 
 
 class SampleAnswers:
-    """The likeliest answer to each question. `taken` collects them all."""
+    """The likeliest answer to each question. `taken` collects them all, once for each step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]):
         self.tokenizer, self.questions = tokenizer, list(questions)
@@ -148,6 +148,7 @@ class SampleAnswers:
         prompts = [render_prompt(self.tokenizer, [{"role": "user", "content": each}]) for each in self.questions]
         # On all ranks, which would wait anyway: sharded weights need them all.
         answers = generate_batch(model, self.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, temperature=0)
+        self.taken = [sample for sample in self.taken if sample["step"] != step]  # the last step is measured twice
         for question, (answer,) in zip(self.questions, answers):
             self.taken.append({"step": step, "prompt": question, "completion": self.tokenizer.decode(answer)})
         return {}

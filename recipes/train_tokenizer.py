@@ -53,7 +53,7 @@ def train(arguments: TokenizerArguments) -> None:
     stage.announce(vocabulary=arguments.vocab_size, max_characters=arguments.max_characters)
     one_epoch = takewhile(lambda item: item[1].epoch == 0, stream_documents(source, "train"))
     tokenizer = train_tokenizer(
-        tqdm((text for text, _ in one_epoch), desc="tokenizer", unit="document"),
+        tqdm((text for text, _ in one_epoch), desc="tokenizer", unit="document", disable=None),
         arguments.vocab_size,
         max_characters=arguments.max_characters,
         max_document_characters=arguments.max_document_characters,

@@ -5,6 +5,9 @@ the search goes on from the formula's answer, because kernels, fragmentation and
 eager forward and backward pass runs on a throw-away network, with as much memory set aside as the optimizer will need,
 and the rows are halved while it does not fit. The price is some seconds before the run, and rows that only a compiled
 step holds.
+
+On a CPU the estimate is that of the whole process: the libraries, the attention's kept probabilities, and what the C
+library's allocator holds beyond the tensors, are in it. `docs/performance.md` compares it with measured peaks.
 """
 
 from collections.abc import Callable
@@ -14,12 +17,19 @@ import torch
 from accelerate.utils import gather_object
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.block_attention import LONGEST_FULL_ATTENTION
 from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
 from modeling_nanochat.training.scaling import accumulation_steps, count_parameters
 
 # Values, in units of the hidden size, that autograd keeps of one token in one block: counted with saved_tensors_hooks
 # on the compiled network (8 of them in the MLP); the eager one keeps 22. So 32 rows of d20 fit 80 GB, as upstream's do.
 SAVED_PER_LAYER = 20
+SAVED_PER_LAYER_ON_CPU = 18  # by torch.profiler's allocations of an eager step, without the probabilities
+LIBRARIES_ON_CPU = 560 * 10**6  # resident before the first step, weights aside: Python, torch, the libraries, a shard
+# glibc keeps freed blocks that it does not give out again as they are (aligned ones need room beside them): resident
+# memory over that of the tensors that come and go, measured 1.4 to 2.9 at depths 2 to 6. Blocks mapped one by one would
+# not do so, but cost a sixth of a step in page faults.
+ALLOCATOR_SLACK = 2
 LOSS_COPIES = 3  # of one chunk of logits in float32: logits, probabilities and their gradient
 USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
 CPU_MICRO_BATCH_TOKENS = 4096  # on a CPU larger micro-batches are no faster (measured flat from 1024 to 8192)
@@ -43,14 +53,30 @@ def memory_per_device(
     weights = 4 * (counts.scaling + counts.scalars) + size * embeddings
     state = 4 * counts.matrices + 2 * (4 * counts.head + size * embeddings)  # momentum; two moments
     casts = size * counts.scaling if size < 4 else 0
-    per_token = SAVED_PER_LAYER * config.num_hidden_layers * config.hidden_size * size
+    per_layer = SAVED_PER_LAYER_ON_CPU if device_type == "cpu" else SAVED_PER_LAYER
+    per_token = per_layer * config.num_hidden_layers * config.hidden_size
+    if device_type == "cpu":
+        per_token += kept_probabilities(config, sequence_length)
+    slack = ALLOCATOR_SLACK if device_type == "cpu" else 1
     return {
+        "libraries": LIBRARIES_ON_CPU if device_type == "cpu" else 0,
         "weights": weights,
         "gradients": weights,
         "optimizer state": state // world_size,
-        "activations": rows * sequence_length * per_token + casts,
-        "loss": LOSS_COPIES * 4 * CHUNK_ELEMENTS[device_type] + 4 * counts.head,
+        "activations": slack * (rows * sequence_length * size * per_token + casts),
+        "loss": slack * (LOSS_COPIES * 4 * CHUNK_ELEMENTS[device_type] + 4 * counts.head),
     }
+
+
+def kept_probabilities(config: NanoChatGPTConfig, length: int) -> int:
+    """Of one token of a row: the probabilities that block attention keeps for the backward pass, all layers and heads;
+    a query meets the keys before it in its window, on average over the row."""
+    keys = 0
+    for kind in config.layer_types:
+        window = min(config.sliding_window if "sliding" in kind else length, length)
+        if window < length or length <= LONGEST_FULL_ATTENTION:  # SDPA keeps none
+            keys += window - window * window // (2 * length)
+    return keys * config.num_attention_heads
 
 
 def search_rows(most: int, fits: Callable[[int], bool]) -> int:
@@ -126,7 +152,7 @@ def usable_memory(device: torch.device, world_size: int) -> int:
     """Bytes of a device that a run may take; the processes of a run on CPUs share what is free."""
     if device.type == "cuda":
         return int(USABLE_MEMORY * torch.cuda.get_device_properties(device).total_memory)
-    return psutil.virtual_memory().available // world_size
+    return psutil.virtual_memory().available // world_size + LIBRARIES_ON_CPU  # which this process has already
 
 
 def rows_that_run(

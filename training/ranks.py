@@ -5,11 +5,12 @@ ranks run different batches, which sharded weights (FSDP) do not allow, as every
 others. There every rank does all of the work.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +40,23 @@ def over_ranks(
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in the order of the ranks, on every rank."""
     return gather_object([value]) if PartialState().num_processes > 1 else [value]
+
+
+def on_main_process(work: Callable[[], Result]) -> Result:
+    """What `work()` gives or raises on the main process, on every rank: for what need not be done by all of them, such
+    as reading files to know them. All ranks call this together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # also where nothing is going to be trained
+        return work()
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # the others would wait for ever
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 from modeling_nanochat.eval.sandbox.judge import Sandbox
-from modeling_nanochat.eval.tasks import gsm8k, humaneval, multiple_choice, operators
+from modeling_nanochat.eval.tasks import factors, gsm8k, humaneval, multiple_choice
 from modeling_nanochat.eval.tasks.rows import Row
 
 Checker = Callable[[str, Row], bool]  # (completion with its special tokens, problem)
@@ -18,8 +18,8 @@ def check_number(text: str, problem: Row) -> bool:
     return gsm8k.is_correct(text, problem["answer"])
 
 
-def check_operators(text: str, problem: Row) -> bool:
-    return operators.is_correct(text, problem["answer"])
+def check_factor(text: str, problem: Row) -> bool:
+    return factors.is_correct(text, problem["answer"])
 
 
 def check_letter(text: str, problem: Row) -> bool:
@@ -42,7 +42,7 @@ def sandbox() -> Sandbox:
 
 CHECKERS: dict[str, Checker] = {
     "number": check_number,
-    "operators": check_operators,
+    "factor": check_factor,
     "letter": check_letter,
     "program": check_program,
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from modeling_nanochat.eval.tasks import arithmetic, gsm8k, multiple_choice, spelling
+from modeling_nanochat.eval.tasks import arithmetic, factors, gsm8k, multiple_choice, spelling
 from modeling_nanochat.recipes.data import embedded as embedded_data
 from modeling_nanochat.tokenization_nanochat_gpt import merge_system_message, message_text
 from modeling_nanochat.training.data.documents import find_files, load_streaming
@@ -23,7 +23,8 @@ from modeling_nanochat.training.data.documents import find_files, load_streaming
 FORMATS = ("messages", "multiple_choice", "gsm8k")
 EMBEDDED = ("dialogues", "multiple_choice")
 SPELLING = {"simple_spelling": spelling.spelling_problems, "spelling_bee": spelling.counting_problems}
-GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", *SPELLING)
+FACTORS = {"factors": False, "systematic_factors": True}  # whether the whole search is shown
+GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", *FACTORS, *SPELLING)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Part:
 
     Attributes:
         name: `dialogues` or `multiple_choice` of the embedded data; `arithmetic`, `mental_arithmetic` (no calculator),
-            `reasoning_gym`, `simple_spelling` (words letter by letter) or `spelling_bee` (how many r are in
-            strawberry), which code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
+            `reasoning_gym`, `factors`, `systematic_factors` (the whole search), `simple_spelling` (words letter by
+            letter) or `spelling_bee` (how many r are in strawberry), which code makes; or `owner/name`,
+            `owner/name:subset` on the Hub; or files.
         rows: how many rows to take; all if None (a generator needs a number).
         repeat: how many times each row comes in an epoch.
         format: how rows of a data set are read: `messages`, `multiple_choice` (MMLU's and ARC's columns) or `gsm8k`.
@@ -86,7 +88,7 @@ def load_part(
     if part.name in EMBEDDED:  # in no particular order of the corpus
         rows = list(rows)
         random.Random(seed).shuffle(rows)
-    return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row"))
+    return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row", disable=None))
 
 
 def open_part(
@@ -103,6 +105,8 @@ def open_part(
         return ({**arithmetic.in_the_head(row), "source": part.name} for row in arithmetic.generate(seed))
     if part.name == "reasoning_gym":
         return ({**row, "source": part.name} for row in arithmetic.generate_reasoning_gym(seed))
+    if part.name in FACTORS:
+        return ({**row, "source": part.name} for row in factors.generate(seed, systematic=FACTORS[part.name]))
     if part.name in SPELLING:
         return ({**row, "source": part.name} for row in SPELLING[part.name](words, seed))
     return open_data_set(part, bad_rows)

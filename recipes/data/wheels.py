@@ -100,7 +100,7 @@ def fetch_wheels(packages: Iterable[str], cache_dir: str | Path = DEFAULT_CACHE)
     folder = Path(cache_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     archives = {}
-    for package in tqdm(list(packages), desc="wheels", unit="wheel"):
+    for package in tqdm(list(packages), desc="wheels", unit="wheel", disable=None):
         wheel = WHEELS[package]
         path = folder / wheel.file
         if not path.exists():

@@ -69,7 +69,9 @@ class Outcome:
 def measure(subject: Subject, name: str) -> Outcome:
     """All tasks of one model."""
     whole, chat = Outcome({}), {}
-    progress = tqdm(subject.arguments.tasks, desc=name, leave=False, disable=not PartialState().is_main_process)
+    progress = tqdm(
+        subject.arguments.tasks, desc=name, leave=False, disable=None if PartialState().is_main_process else True
+    )
     for task in progress:
         progress.set_postfix_str(task)
         outcome = TASKS[task](subject)

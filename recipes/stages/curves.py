@@ -4,7 +4,8 @@ What is drawn is a table (`PANELS`). Noisy series are drawn pale with their runn
 intervals get a band. Drawn by matplotlib without a screen.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from modeling_nanochat.training.whole_files import write_whole_file
 
 Log = Sequence[dict[str, Any]]
 COLORS = ("#1f5fa8", "#d1603d", "#2f8f6b")  # blue, red, green: told apart in print and by the colour-blind
+RUN_COLORS = (*COLORS, "#8b5fbf", "#b8860b", "#555555")
 GREY = "#666666"
 SMOOTHED_FROM = 40  # points of a series, from which on a running mean helps the eye
 WINDOW_SHARE = 1 / 20  # of a series that the running mean is taken over
@@ -86,6 +88,34 @@ def draw_curves(record: dict[str, Any], file: Path) -> Path | None:
         for panel, ax in zip(panels, axes[0]):
             draw_panel(ax, panel, log)
             ax.set_xlim(-0.02 * last, 1.02 * last)
+        write_whole_file(file, lambda path: figure.savefig(path, format="png"))
+        plt.close(figure)
+    return file
+
+
+def draw_curves_together(records: Mapping[str, dict[str, Any]], file: Path) -> Path | None:
+    """The curves of one stage in several runs over each other: a color for each run, a dash for each series."""
+    logs = {run: [*record["log_history"], before_training(record["results"])] for run, record in records.items()}
+    panels = [
+        panel
+        for panel in PANELS.get(next(iter(records.values()))["name"], ())
+        if any(points(log, key)[0] for log in logs.values() for key in panel.series)
+    ]
+    if not panels:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False, layout="constrained"
+        )
+        for panel, ax in zip(panels, axes[0]):
+            for (run, log), color in zip(logs.items(), itertools.cycle(RUN_COLORS)):
+                for (key, name), dash in zip(panel.series.items(), ("-", "--", ":")):
+                    steps, values = points(log, key)
+                    smooth = panel.noisy and len(values) >= SMOOTHED_FROM
+                    shown = f"{run}, {name}" if len(panel.series) > 1 else run
+                    ax.plot(steps, running_mean(values) if smooth else values, dash, color=color, label=shown)
+            ax.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=(0, 1) if panel.share else None)
+        axes[0][0].legend()
         write_whole_file(file, lambda path: figure.savefig(path, format="png"))
         plt.close(figure)
     return file

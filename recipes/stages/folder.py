@@ -21,6 +21,7 @@ from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.ranks import on_main_process
 from modeling_nanochat.training.trainers.checkpoints import as_it_answers, latest_checkpoint
 from modeling_nanochat.training.whole_files import damage, replace_files
 
@@ -80,20 +81,25 @@ def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:
         ValueError: the named checkpoint is none, or damaged; or the folder holds checkpoints of another run that was
             not finished.
     """
+    checkpoint = on_main_process(lambda: choose_checkpoint(stage, config))
+    stage.goes_on = checkpoint is not None
+    return checkpoint
+
+
+def choose_checkpoint(stage: Stage, config: TrainingArguments) -> str | None:
+    """What `checkpoint_to_resume` gives: reads every file of the checkpoints it looks at."""
     named = named_checkpoint(config.resume_from_checkpoint, config.output_dir)
     checkpoint = named or latest_checkpoint(config.output_dir, stage.say)
-    if checkpoint and not named and not stage.can_continue():
-        finished = stage.file.exists() and not stage.begun.exists()
-        if not (stage.rerun or finished):
-            raise ValueError(
-                f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last "
-                f"one {checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint "
-                f"{checkpoint} to go on with these settings, or --rerun true to throw the checkpoints away"
-            )
-        checkpoint = None
-    stage.goes_on = checkpoint is not None
-    PartialState().wait_for_everyone()  # all have decided: the folder may change
-    return checkpoint
+    if not checkpoint or named or stage.can_continue():
+        return checkpoint
+    finished = stage.file.exists() and not stage.begun.exists()
+    if stage.rerun or finished:
+        return None
+    raise ValueError(
+        f"{config.output_dir} holds checkpoints of an unfinished run with other settings or inputs, the last one "
+        f"{checkpoint}; expected the same settings, another output_dir, --resume_from_checkpoint {checkpoint} to go on "
+        "with these settings, or --rerun true to throw the checkpoints away"
+    )
 
 
 def named_checkpoint(name: str | None, output_dir: str) -> str | None:

@@ -8,16 +8,18 @@ pipeline again costs nothing, and changing one setting redoes that stage and wha
 A record vouches for the files beside it by their hashes, and is withdrawn before the first of them changes. Inputs are
 known by their contents: the hashes in the record of the stage that made them, or for a user's own files size and a
 sample of the bytes (whole, up to 16 MB). The price is reading what a stage left once more, at its end and before it is
-called done.
+called done. Of several ranks the first one reads, and tells the others.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +30,9 @@ import torch
 from modeling_nanochat.recipes.stages.lock import NAME as LOCK
 from modeling_nanochat.recipes.stages.lock import release as release_lock
 from modeling_nanochat.recipes.stages.lock import take as take_lock
+from modeling_nanochat.recipes.stages.numbers import readable_number, readable_time
+from modeling_nanochat.recipes.stages.sentences import sentence
+from modeling_nanochat.training.ranks import on_main_process
 from modeling_nanochat.training.whole_files import checksums, damage, sampled_hash, write_json
 
 FILE_NAME = "stage.json"
@@ -62,7 +67,7 @@ class Stage:
         self.identity = {
             "name": name,
             "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
-            "inputs": {str(path): fingerprint(path) for path in inputs},
+            "inputs": on_main_process(lambda: {str(path): fingerprint(path) for path in inputs}),
         }
         self.rerun = rerun
         self.goes_on = False  # from a checkpoint in the folder
@@ -72,6 +77,9 @@ class Stage:
     def is_done(self) -> bool:
         """True, with a line that says so, when the same work from the same inputs has been finished before and what it
         left is still there, to the byte."""
+        return on_main_process(self._is_done)
+
+    def _is_done(self) -> bool:
         record = read_stage(self.output_dir)
         if self.rerun or record is None:
             return False
@@ -117,6 +125,8 @@ class Stage:
             "announced": self.facts,
             "results": results,
             "seconds": seconds,
+            "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "git": git_state(),
             "machine": describe_machine(),
             "samples": list(samples),
             "log_history": [{name: finite_or_none(value) for name, value in line.items()} for line in log_history],
@@ -128,6 +138,8 @@ class Stage:
         shown = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in results.items() if isinstance(value, (int, float, str)))  # fmt: skip
         self.say(f"done in {readable_time(seconds)}" + (f": {shown}" if shown else ""))
+        if said := sentence(record):
+            self.say(said)
 
     def say(self, text: str) -> None:
         """Print one line of this stage, from the main process only."""
@@ -138,6 +150,19 @@ class Stage:
 def read_stage(folder: str | Path) -> dict[str, Any] | None:
     """The record that a finished stage left in `folder`, or None."""
     return read_json(Path(folder) / FILE_NAME)
+
+
+def read_stages(run: Path) -> list[dict[str, Any]]:
+    """The records of the finished stages in the subfolders of a run, each with its `folder`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(run.glob(f"*/{FILE_NAME}"))
+    records = [record | {"folder": file.parent.name} for file in files if (record := read_json(file)) is not None]
+    if not records:
+        raise ValueError(f"no stage has been finished in {run}; expected at least one {run}/*/{FILE_NAME}")
+    return records
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -235,6 +260,17 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def git_state() -> str | None:
+    """The commit of this code, with a word if files differ from it; None where it is not in a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + (", with changes" if changed.stdout.strip() else "")
+
+
 def describe(key: str, value: Any) -> str:
     if key == "seconds":
         return f"about {readable_time(value)}"
@@ -245,20 +281,3 @@ def describe(key: str, value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{readable_number(value)} {key.replace('_', ' ')}".replace("  ", " ")
     return f"{key.replace('_', ' ')} {value}"
-
-
-def readable_number(value: float) -> str:
-    """12345678 -> '12.3 M'; small whole numbers stay as they are."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            scale = 1e3 if unit == "k" else limit
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.4g} " if isinstance(value, float) else f"{value} "
-
-
-def readable_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

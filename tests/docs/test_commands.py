@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from modeling_nanochat.recipes.command_line import recipes
+from nanochat_command import recipes
 from tests.docs.pages import ASSIGNMENT, NAMES, ROOT, blocks, commands
 
 PRINT = '#!/usr/bin/env bash\necho "RUN $0 $*"\n'

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from trl import TrlParser
 
-from modeling_nanochat.recipes import command_line
+import nanochat_command
 from modeling_nanochat.recipes.plan import PlanArguments, table_of_depths
 from modeling_nanochat.training.data.documents import open_documents
 
@@ -37,7 +37,7 @@ def assert_quoted(said: str) -> None:
 def test_messages_that_the_page_on_troubles_quotes(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanochat", *shlex.split(command)])
     with pytest.raises(SystemExit) as end:
-        command_line.main()
+        nanochat_command.main()
     assert end.value.code == 2
     assert_quoted(capsys.readouterr().err.strip())
 
@@ -45,7 +45,7 @@ def test_messages_that_the_page_on_troubles_quotes(command, monkeypatch, capsys)
 def test_a_batch_that_cannot_be_shared_is_explained_as_the_page_says(monkeypatch, capsys):
     command = "nanochat plan --gpus 8 --total_batch_tokens 300000 --device H100"
     monkeypatch.setattr(sys, "argv", shlex.split(command))
-    command_line.main()
+    nanochat_command.main()
     assert_quoted(capsys.readouterr().out.strip().splitlines()[-1].strip())
 
 

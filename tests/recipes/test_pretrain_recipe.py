@@ -59,6 +59,9 @@ def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys
     assert "4 steps" in printed and "batch 8 x 32 tokens x 1 x 1 device(s)" in printed
     record = read_stage(tmp_path)
     assert record["results"]["tokens"] == 4 * 256
+    overlap = record["results"]["validation_near_duplicates"]
+    assert overlap["compared"] + overlap["too_short"] == 50 and overlap["nearly_in_training"] == 0
+    assert f"0 of {overlap['compared']} validation documents (0.0%)" in printed
     assert 0 < record["results"]["validation_bits_per_byte"] < 9
     assert 0 < record["results"]["cropped_share"] < 1
     assert record["samples"][0]["prompt"] == "the king" and record["samples"][0]["step"] == 4

@@ -1,12 +1,19 @@
 """Evaluation of several models into a table, and the report of a run with its pictures."""
 
+import re
+import shutil
+import sys
+
 import pytest
 
 from modeling_nanochat.eval.intervals import Interval
-from modeling_nanochat.recipes.report import ReportArguments, number, readable, write_report
+from modeling_nanochat.recipes.command_line import parse
+from modeling_nanochat.recipes.report import ReportArguments, write_report
 from modeling_nanochat.recipes.stages.anchors import core_of_models
 from modeling_nanochat.recipes.stages.curves import PANELS, draw_curves, points, running_mean
 from modeling_nanochat.recipes.stages.record import describe_machine, read_stage
+from modeling_nanochat.recipes.stages.sections import number, readable
+from modeling_nanochat.recipes.stages.sentences import sentence
 from modeling_nanochat.recipes.stages.tables import cell, figure_names, text_table
 from modeling_nanochat.training.whole_files import write_json
 
@@ -46,7 +53,7 @@ def run(tmp_path):
 
 
 def test_report_has_every_stage_in_order_with_figures_and_samples(run):
-    text = write_report(ReportArguments(run=str(run), price_per_hour=24.0)).read_text()
+    text = write_report(ReportArguments(run=[str(run)], price_per_hour=24.0)).read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == ["## Data", "## Pretraining", "## Reinforcement learning", "## Evaluation"]
     assert "| Pretraining | parameters 4.47 M, validation bits per byte 1.5 | 1 min 30 s | $0.60 |" in text
@@ -63,13 +70,75 @@ def test_report_has_every_stage_in_order_with_figures_and_samples(run):
 
 
 def test_without_a_price_the_report_says_so(run):
-    text = write_report(ReportArguments(run=str(run))).read_text()
+    text = write_report(ReportArguments(run=[str(run)])).read_text()
     assert "no price was given" in text and "$" not in text.split("## Data")[0]
+
+
+def test_the_rent_of_a_known_accelerator_is_the_cost(run):
+    for file in run.glob("*/stage.json"):
+        stage = read_stage(file.parent)
+        stage["machine"]["accelerators"] = ["NVIDIA H100 80GB HBM3"] * 8
+        write_json(file, stage)
+    text = write_report(ReportArguments(run=[str(run)])).read_text()
+    assert "| 1 min 30 s | $0.60 |" in text and "rents for orientation" in text
+
+
+def test_the_page_stands_alone(run):
+    page = write_report(ReportArguments(run=[str(run)])).with_suffix(".html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "<table>" in page and "<details>" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page
+
+
+def test_a_sample_cannot_write_into_the_page(run):
+    hostile = read_stage(run / "base")
+    hostile["samples"] = [{"step": 1, "prompt": "<script>alert(1)</script>", "completion": "![x](http://a.example/)"}]
+    write_json(run / "base" / "stage.json", hostile)
+    page = write_report(ReportArguments(run=[str(run)])).with_suffix(".html").read_text()
+    assert "<script" not in page and "<img" not in page.replace('<img src="data:', "")
+
+
+def test_settings_are_those_that_a_person_chose(run):
+    chosen = read_stage(run / "base")
+    chosen["arguments"] |= {"report_to": [], "debug": "", "accelerator_config": "AcceleratorConfig(x=None, y=True)"}
+    write_json(run / "base" / "stage.json", chosen)
+    text = write_report(ReportArguments(run=[str(run)])).read_text()
+    assert "depth" in text and not any(name in text for name in ("report_to", "debug", "accelerator_config"))
+
+
+def test_runs_are_compared(run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("runs") / "wider"
+    shutil.copytree(run, other)
+    wider = read_stage(other / "base")
+    wider["arguments"]["depth"], wider["results"]["validation_bits_per_byte"] = 6, 1.25
+    write_json(other / "base" / "stage.json", wider)
+    shutil.rmtree(other / "rl")
+    file = write_report(ReportArguments(run=[str(run), str(other)], output=str(other / "comparison.md")))
+    text = file.read_text()
+    assert "| validation bits per byte | 1.5 | 1.25 |" in text and "| depth | 4 | 6 |" in text
+    assert "The settings are the same." in text and f"Only {run.name}".replace("_", "\\_") in text
+    assert file.with_suffix(".html").read_text().count("data:image/png;base64,") == 1
+    with pytest.raises(ValueError, match="twice"):
+        write_report(ReportArguments(run=[str(run), str(run)]))
+
+
+def test_runs_are_named_together_or_one_after_another(monkeypatch):
+    for words in ("--run a b", "--run a --run b"):
+        monkeypatch.setattr(sys, "argv", ["nanochat report", *words.split()])
+        (arguments,) = parse(ReportArguments)
+        assert arguments.run == ["a", "b"]
+
+
+def test_sentences_say_what_came_of_a_stage(run):
+    assert "needs 1.50 bits" in sentence(record("pretrain", results={"tokens": 5, "validation_bits_per_byte": 1.5}))
+    rise = {"pass@1_before": Interval(0.3, 0.2, 0.4), "pass@1_after": Interval(0.6, 0.5, 0.7)}
+    assert sentence(record("rl", results=rise)).endswith("30% of problems that it has not seen, and solves 60% now.")
+    assert "may be chance" in sentence(record("rl", results=rise | {"pass@1_after": Interval(0.35, 0.3, 0.4)}))
+    assert sentence(record("rl")) == sentence(record("data")) == ""
 
 
 def test_a_run_without_stages_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no stage has been finished"):
-        write_report(ReportArguments(run=str(tmp_path)))
+        write_report(ReportArguments(run=[str(tmp_path)]))
 
 
 def test_curves_begin_with_what_was_measured_before(run, monkeypatch, tmp_path):
@@ -111,7 +180,7 @@ def test_core_is_placed_among_known_models(run):
     core = Interval(0.2, 0.19, 0.21)
     results = {"base": {"core": core, "core/copa": 0.1}, "other": {"core_of_18_tasks": core}}
     write_json(run / "eval" / "stage.json", record("eval", results=results))
-    text = write_report(ReportArguments(run=str(run))).read_text()
+    text = write_report(ReportArguments(run=[str(run)])).read_text()
     assert "![Evaluation](report/eval.png)" in text and "| core | 0.200 [0.190, 0.210] | - |" in text
     assert (run / "report" / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert list(core_of_models(results)) == ["base"]  # a part of the benchmark has no place there

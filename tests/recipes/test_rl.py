@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.eval.tasks import arithmetic, operators
+from modeling_nanochat.eval.tasks import arithmetic, factors
 from modeling_nanochat.eval.tasks.checkers import is_right
 from modeling_nanochat.recipes import rl
 from modeling_nanochat.recipes.stages.folder import save_checkpoint
@@ -21,7 +21,7 @@ from modeling_nanochat.training.tokenizer import train_tokenizer
 def folder(tmp_path_factory):
     """A tiny model, and problems of two kinds, some after another turn."""
     folder = tmp_path_factory.mktemp("rl")
-    sums, puzzles = (list(itertools.islice(task.generate(0), 40)) for task in (arithmetic, operators))
+    sums, puzzles = (list(itertools.islice(task.generate(0), 40)) for task in (arithmetic, factors))
     tokenizer = train_tokenizer([row["messages"][0]["content"] for row in sums], 320)
     config = NanoChatGPTConfig.from_depth(2, vocab_size=320, head_dim=16, max_position_embeddings=192)
     save_checkpoint(NanoChatGPTForCausalLM(config), tokenizer, str(folder / "model"))
@@ -71,7 +71,7 @@ def test_adapters_alone_learn_and_are_merged_at_the_end(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("json", "reward 'json': expected checker, number, operators, letter, program or module:function"),
+        ("json", "reward 'json': expected checker, number, factor, letter, program or module:function"),
         ("nowhere:brevity", "reward 'nowhere:brevity': nowhere cannot be imported from here"),
         ("json:brevity", "reward 'json:brevity': json has no function 'brevity'"),
     ],
@@ -93,13 +93,29 @@ def test_a_prompt_without_room_for_an_answer_is_refused_by_file_and_row(folder, 
         file.write_text(rows)
 
 
-def test_puzzles_are_judged_by_their_numbers_and_their_value():
-    for row in itertools.islice(operators.generate(3), 50):
+def test_factors_are_judged_by_division():
+    for row in itertools.islice(factors.generate(3), 50):
         *_, final = row["messages"][1]["content"]
         assert is_right(final["text"], row)
-    puzzle = {"answer": "7?5?3=32", "checker": "operators"}
-    assert is_right("[7*5*3-32]\n#### 7*5-3", puzzle)
-    for wrong in ("#### 7+5*3", "#### 5*7-3", "#### 32", "7*5-3", "#### 7*5-3-0", "#### 7*05-3"):
-        assert not is_right(wrong, puzzle)
+    problem = {"answer": "15743", "checker": "factor"}  # 7 * 13 * 173
+    for right in ("[15743/13 = 1211]\n#### 13", "#### 7", "#### 173", "#### 91"):
+        assert is_right(right, problem)
+    for wrong in ("#### 1", "#### 15743", "#### 11", "#### 0", "13", "#### 11\n#### 13", "#### -7"):
+        assert not is_right(wrong, problem)
     with pytest.raises(ValueError, match="checker is 'sum', expected one of number"):
         is_right("", {"checker": "sum"})
+
+
+def test_people_break_a_search_off_and_a_teacher_shows_it_whole():
+    def tries(row):
+        return [int(part["text"].split("/")[1]) for part in row["messages"][1]["content"] if part["type"] == "python"]
+
+    found = 0
+    for row in itertools.islice(factors.generate(3), 200):
+        (fits,) = (prime for prime in factors.PRIMES if int(row["answer"]) % prime == 0)
+        assert fits not in tries(row)[:-1] and len(set(tries(row))) == len(tries(row))
+        found += tries(row)[-1] == fits
+    assert 40 < found < 100  # of 200; the others name a factor that their work does not show
+    for row in itertools.islice(factors.generate(3, systematic=True), 50):
+        (fits,) = (prime for prime in factors.PRIMES if int(row["answer"]) % prime == 0)
+        assert tries(row) == [prime for prime in factors.PRIMES if prime <= fits]

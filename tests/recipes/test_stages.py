@@ -7,9 +7,11 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
+from accelerate import PartialState
 
-from modeling_nanochat.recipes.stages import lock
+from modeling_nanochat.recipes.stages import lock, record
 from modeling_nanochat.recipes.stages.record import Stage, fingerprint, read_stage
+from tests.ranks import run_two_ranks
 
 
 @dataclass
@@ -98,3 +100,24 @@ def test_one_process_at_a_time(tmp_path):
     (tmp_path / lock.NAME).write_text(json.dumps(held | {"host": "elsewhere"}))
     with pytest.raises(ValueError, match=r"on elsewhere is at work.*stage.lock to be removed"):
         lock.take(tmp_path)
+
+
+def ask_on_each_rank(folder):
+    """Reading inputs and finished files is left to the first rank; what it finds, an error too, is everybody's."""
+    if not PartialState(cpu=True).is_main_process:
+        record.damage = record.sampled_hash = record.checksums = None  # calling one would be an error
+    stage = Stage("work", str(folder / "out"), [Settings()], [str(folder / "own")])
+    assert stage.identity["inputs"][str(folder / "own")] == (folder / "expected").read_text()
+    assert stage.is_done()
+    with pytest.raises(ValueError, match="is not as the stage work left it"):
+        Stage("work", str(folder / "other"), [Settings()], [str(folder / "harmed")])
+
+
+def test_of_several_ranks_the_first_reads_and_tells_the_others(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "text.txt").write_text("text")
+    (tmp_path / "expected").write_text(fingerprint(tmp_path / "own"))
+    run_stage(tmp_path / "out", inputs=[str(tmp_path / "own")])
+    run_stage(tmp_path / "harmed")
+    (tmp_path / "harmed" / "model.bin").write_text("flipped")
+    run_two_ranks(ask_on_each_rank, tmp_path)

@@ -181,4 +181,5 @@ def test_a_document_of_ten_megabytes(tmp_path, tokenizer):
     rows = PackedRows(open_documents(str(tmp_path)), tokenizer, 64, buffer_size=1)
     assert tokenizer.decode(next(rows)).startswith("<|bos|>a document of text a document")
     assert rows.stats.cropped_tokens > 500_000  # of its first million characters, which is all that is encoded
+    assert (rows.stats.cut_documents, rows.stats.cut_characters) == (1, 19 * 550_000 - 1_000_000)
     assert rows.state_dict()["packer"]["tokens"].numel() <= 64

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
-from modeling_nanochat.training.memory import memory_per_device, planned_rows, rows_that_fit, rows_that_run
+from modeling_nanochat.block_attention import block_attention
+from modeling_nanochat.training.memory import (
+    kept_probabilities,
+    memory_per_device,
+    planned_rows,
+    rows_that_fit,
+    rows_that_run,
+)
 
 CONFIG = NanoChatGPTConfig.from_depth(1, vocab_size=64, head_dim=32, max_position_embeddings=16)
 
@@ -20,6 +27,34 @@ def test_planned_rows_are_the_most_that_fit():
     one, eight = (memory_per_device(config, 8, 2048, ranks, torch.bfloat16) for ranks in (1, 8))
     assert eight.pop("optimizer state") == one.pop("optimizer state") // 8
     assert one == eight
+
+
+@pytest.mark.parametrize("pattern", ["L", "SSSL"])
+@pytest.mark.parametrize("length", [512, 1024])
+def test_kept_probabilities_are_those_that_block_attention_keeps(pattern, length):
+    config = NanoChatGPTConfig.from_depth(
+        4, vocab_size=64, head_dim=32, max_position_embeddings=length, window_pattern=pattern
+    )
+    kept = 0
+    for kind in config.layer_types:
+        window = config.sliding_window if "sliding" in kind else length
+        query = torch.zeros(1, config.num_attention_heads, length, config.head_dim)
+        kept += block_attention(query, query, query, 1.0, window, True)[1].numel()
+    assert kept_probabilities(config, length) * length == pytest.approx(kept, rel=0.25)  # it keeps whole blocks
+
+
+def test_full_layers_of_long_rows_keep_none():
+    config = NanoChatGPTConfig.from_depth(4, vocab_size=64, head_dim=32, max_position_embeddings=8, window_pattern="L")
+    assert kept_probabilities(config, 2048) > 0 == kept_probabilities(config, 4096)
+
+
+def test_a_cpu_counts_the_whole_process():
+    config = NanoChatGPTConfig.from_depth(4, vocab_size=8192, head_dim=64, max_position_embeddings=512)
+    cpu, gpu = (memory_per_device(config, 8, 512, 1, torch.float32, device) for device in ("cpu", "cuda"))
+    assert cpu["libraries"] > 5e8 and not gpu["libraries"]
+    assert cpu["weights"] == gpu["weights"] and cpu["activations"] > 1.8 * gpu["activations"]
+    # 1,231 to 1,365 MiB at peak were measured for this shape (benchmarks/memory.py)
+    assert 1231 / 1.2 < sum(cpu.values()) / 2**20 < 1.2 * 1365
 
 
 def test_rows_on_a_cpu_are_no_more_than_make_it_faster():

@@ -8,6 +8,7 @@ import torch
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.recipes import plan
+from modeling_nanochat.recipes.stages import prices
 from modeling_nanochat.training import devices, scaling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
@@ -124,7 +125,7 @@ def test_plan_prints_parameters_time_and_cost(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "29 $", "32 rows x 1"):
         assert expected in printed
-    assert set(plan.DOLLARS_PER_HOUR) == set(devices.DEVICES)
+    assert set(prices.DOLLARS_PER_HOUR) == set(devices.DEVICES)
     monkeypatch.setattr("sys.argv", ["plan", "--device", "abacus"])
     with pytest.raises(ValueError, match="'abacus', expected one of B200"):
         plan.main()

@@ -30,14 +30,17 @@ class PackingStats:
     """Counts of what went into rows and what did not.
 
     `cropped_tokens` are tokens of documents that fell off at the end of a row (or of a sequence trimmed to a row),
-    `padding_tokens` fill what nothing fitted into, `trimmed_sequences` counts sequences longer than a row. Of
-    conversations, `trained_tokens` carry loss, and `untrained_sequences` had none within a row and are in no row.
+    `cut_characters` what `cut_documents` had beyond the length that is encoded at all. `padding_tokens` fill what
+    nothing fitted into, `trimmed_sequences` counts sequences longer than a row. Of conversations, `trained_tokens`
+    carry loss, and `untrained_sequences` had none within a row and are in no row.
     """
 
     rows: int = 0
     sequences: int = 0
     tokens: int = 0
     cropped_tokens: int = 0
+    cut_documents: int = 0
+    cut_characters: int = 0
     padding_tokens: int = 0
     trimmed_sequences: int = 0
     trained_tokens: int = 0

@@ -365,7 +365,7 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         def judged_from(starts: Sequence[int]) -> list[list[tuple[bool, bool]]]:
             return [
                 self._judge(problems, range(start, min(start + at_once, len(problems))))
-                for start in tqdm(starts, desc="pass@k", leave=False, disable=quiet)
+                for start in tqdm(starts, desc="pass@k", leave=False, disable=quiet or None)
             ]
 
         batches = over_ranks(judged_from, range(0, len(problems), at_once), self.model)
