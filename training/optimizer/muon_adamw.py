@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modeling_nanochat.training.devices import parse_dtype
-from modeling_nanochat.training.optimizer.shards import AdamWTensors, MuonStack, can_compile, find_ranks
+from modeling_nanochat.training.optimizer.matrices import Split
+from modeling_nanochat.training.optimizer.shards import ALONE, AdamWTensors, MuonStack, can_compile, find_ranks
 from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIENTS
 
 MUON_DEFAULTS: dict[str, Any] = {
@@ -27,6 +28,9 @@ MUON_DEFAULTS: dict[str, Any] = {
     "polar_dtype": "auto",
     "row_equilibration": False,
     "frobenius_renormalization": False,
+    "transposed": False,
+    "repeats": 1,
+    "parts": None,
 }
 ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
@@ -36,18 +40,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A group is a dict with `params`, `lr` and `use_muon`. True takes matrices and `momentum`, `beta2`, `weight_decay`,
     `ns_steps`, `polar_dtype` (a torch dtype or its name, or "auto": bfloat16 where the hardware multiplies it),
-    `row_equilibration` and `frobenius_renormalization`; False takes `betas`, `eps`, `weight_decay`. All but `ns_steps`
-    and the booleans may change from step to step, without recompilation.
+    `row_equilibration` and `frobenius_renormalization`, and for fused matrices `transposed`, `repeats`, `parts`
+    (`matrices.py`); False takes `betas`, `eps`, `weight_decay`. Rates, betas, momentum and decay may change from step
+    to step, without recompilation.
 
     `state[parameter]` holds what this rank owns: for Muon `momentum_buffer` (m, n) and `second_moment` (m, 1) or (1, n)
-    of whole matrices, for AdamW `step`, `exp_avg`, `exp_avg_sq` of a block of rows. So `state_dict()` is this rank's
-    own part; `merge_state_dicts` makes the whole of all parts, and `load_state_dict` takes either.
+    of whole matrices (of fused ones a numbered pair for each part), for AdamW `step`, `exp_avg`, `exp_avg_sq` of a
+    block of rows. So `state_dict()` is this rank's own part; `merge_state_dicts` makes the whole of all parts, and
+    `load_state_dict` takes either.
 
     Args:
         param_groups: the groups.
         process_group: the ranks that share the work; all of torch.distributed if it is initialised.
         compile: whether Muon's update is compiled. By default it is on GPUs, where a compiler is found; on a CPU the
             products take nearly all of the time, and a compilation longer than it saves in a short run.
+        shared: whether ranks share the work. False: every rank has the whole state and does everything, for gradients
+            that are averaged already, as DDP leaves them, and trainers that save rank 0's state for all.
 
     Raises:
         ValueError: for a group that is not like this.
@@ -60,8 +68,9 @@ class MuonAdamW(torch.optim.Optimizer):
         param_groups: Iterable[dict[str, Any]],
         process_group: dist.ProcessGroup | None = None,
         compile: bool | None = None,
+        shared: bool = True,
     ):
-        self.process_group, self.compile = process_group, compile
+        self.process_group, self.compile, self.shared = process_group, compile, shared
         super().__init__(param_groups, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -129,7 +138,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _build_layout(self) -> "list[MuonStack | AdamWTensors]":
         """Deal the parameters to the ranks: a part for each shape of Muon matrices, and for each AdamW group."""
-        ranks = find_ranks(self.process_group)
+        ranks = find_ranks(self.process_group) if self.shared else ALONE
         layout: list[MuonStack | AdamWTensors] = []
         for index, group in enumerate(self.param_groups):
             if not group["use_muon"]:
@@ -139,7 +148,10 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 placements = getattr(parameter, "placements", None)  # of FSDP2
                 stacks[(parameter.shape, parameter.dtype, parameter.device, placements)].append(parameter)
-            layout += [MuonStack(index, stack, ranks, self._compiles(stack[0].device)) for stack in stacks.values()]
+            split = Split(group["transposed"], group["repeats"], group["parts"])
+            layout += [
+                MuonStack(index, stack, ranks, self._compiles(stack[0].device), split) for stack in stacks.values()
+            ]
         return layout
 
     def _compiles(self, device: torch.device) -> bool:
@@ -160,10 +172,12 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"a parameter group has no lr; it has {sorted(group)}")
     if not use_muon:
         return
-    for parameter in group["params"]:
-        if parameter.ndim != 2:
-            raise ValueError(f"Muon steps matrices only, got a parameter of shape {tuple(parameter.shape)}")
     settings = MUON_DEFAULTS | group
+    split = Split(settings["transposed"], settings["repeats"], settings["parts"])
+    for parameter in group["params"]:
+        if parameter.ndim not in (2, 3):
+            raise ValueError(f"Muon steps matrices only, got a parameter of shape {tuple(parameter.shape)}")
+        split.check(parameter.shape)
     most = len(POLAR_EXPRESS_COEFFICIENTS)
     if not 1 <= settings["ns_steps"] <= most:
         raise ValueError(f"ns_steps is {settings['ns_steps']}, expected 1 to {most}, the coefficients there are")
@@ -179,7 +193,7 @@ def merge_entries(entries: list[dict[str, Tensor]], parameter: Tensor) -> dict[s
     """The whole state of one parameter from that of all ranks that have any, in their order: Muon's is on one rank,
     that of tiny tensors the same on all, the rest in blocks of rows."""
     first = entries[0]
-    if "momentum_buffer" in first or first["exp_avg"].shape == parameter.shape:
+    if "exp_avg" not in first or first["exp_avg"].shape == parameter.shape:
         return first
     whole = {name: torch.cat([entry[name] for entry in entries]) for name in ("exp_avg", "exp_avg_sq")}
     if whole["exp_avg"].shape != parameter.shape:

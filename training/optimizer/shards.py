@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.optimizer.matrices import WHOLE, Split
 from modeling_nanochat.training.optimizer.updates import adamw_update, muon_update, orthogonalize
 
 REPLICATED_BELOW = 1024  # elements; smaller AdamW tensors are stepped on every rank (upstream's threshold)
@@ -99,15 +100,34 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 class MuonStack:
-    """Matrices of one shape and one group, updated in stacks of (K, m, n). A rank owns whole matrices."""
+    """Matrices of one shape and one group, updated in stacks of (K, m, n). A rank owns whole parameters.
 
-    def __init__(self, group_index: int, parameters: list[Tensor], ranks: Ranks, compiled: bool = False):
-        self.group_index, self.parameters = group_index, parameters
+    Parameters of several matrices (`split`) are taken apart for the update. Those that FSDP2 has cut are first made
+    whole on every rank, and so is their state; but a stack of experts is cut between experts, each of which is whole.
+    """
+
+    def __init__(
+        self,
+        group_index: int,
+        parameters: list[Tensor],
+        ranks: Ranks,
+        compiled: bool = False,
+        split: Split = WHOLE,
+    ):
+        self.group_index, self.parameters, self.split = group_index, parameters, split
         is_cut = isinstance(parameters[0], DTensor)
-        self.ranks, self.compiled = ALONE if is_cut else ranks, compiled and not is_cut
-        self.orthogonalize = orthogonalize_exchanged if is_cut else orthogonalize
+        self.is_exchanged = is_cut and split.is_whole and parameters[0].ndim == 2
+        self.ranks, self.compiled = ALONE if is_cut else ranks, compiled and not self.is_exchanged
+        self.orthogonalize = orthogonalize_exchanged if self.is_exchanged else orthogonalize
         self.block, start, end = block_of(len(parameters), self.ranks)
         self.owned = parameters[start:end]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The matrices of a parameter or its gradient, as this rank steps them."""
+        x = x.detach()
+        if self.is_exchanged or not isinstance(x, DTensor):
+            return x
+        return x.to_local() if x.ndim == 3 else x.full_tensor()
 
     def owned_rows(self) -> list[tuple[Tensor, slice]]:
         """The parameters whose state is kept here, with the rows of them that it is for."""
@@ -117,18 +137,39 @@ class MuonStack:
         """Copy the state there is into stacks, zeros where there is none, and leave views of them in its place."""
         if not self.owned:
             return
-        rows, columns = self.parameters[0].shape
-        stack = torch.stack([parameter.detach() for parameter in self.owned])  # (k, m, n)
-        self.momentum_buffer = torch.zeros_like(stack)
-        self.second_moment = torch.zeros_like(stack[:, :, :1] if rows >= columns else stack[:, :1, :])
-        for i, parameter in enumerate(self.owned):
-            views = {"momentum_buffer": self.momentum_buffer[i], "second_moment": self.second_moment[i]}
+        stack = torch.stack([self.whole(parameter) for parameter in self.owned])  # (k, m, n) or (k, E, m, n)
+        self.buffers = []
+        views: list[dict[str, Tensor]] = [{} for _ in self.owned]
+        matrices = self.split.take_apart(stack)
+        for number, part in enumerate(matrices):  # (k * E, rows, columns)
+            rows, columns = part.shape[-2:]
+            second_moment = part[:, :, :1] if rows >= columns else part[:, :1, :]
+            pair = {
+                "momentum_buffer": torch.zeros_like(part, memory_format=torch.contiguous_format),
+                "second_moment": torch.zeros_like(second_moment, memory_format=torch.contiguous_format),
+            }
+            self.buffers.append(pair)
+            for name, buffer in pair.items():
+                of_parameters = buffer.unflatten(0, stack.shape[:-2]) if stack.ndim == 4 else buffer
+                for i, view in enumerate(of_parameters):
+                    views[i][name if len(matrices) == 1 else f"{name}_{number}"] = view
+        for parameter, own in zip(self.owned, views):
             for name, value in state[parameter].items():
-                views[name].copy_(value)
-            state[parameter] = views
+                own[name].copy_(value if self.is_exchanged else local_of(value))
+            state[parameter] = {name: self.as_placed(view, parameter) for name, view in own.items()}
+
+    def as_placed(self, view: Tensor, parameter: Tensor) -> Tensor:
+        """A view of the state, which for experts that FSDP2 has dealt out says which of them it is for."""
+        if self.is_exchanged or not isinstance(parameter, DTensor) or parameter.ndim == 2:
+            return view
+        shape = torch.Size((parameter.size(0), *view.shape[1:]))
+        stride = (shape[1] * shape[2], shape[2], 1)
+        return DTensor.from_local(
+            view, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        )
 
     def launch_reduction(self) -> None:
-        grads = [gradient_of(parameter) for parameter in self.parameters]
+        grads = [self.whole(gradient_of(parameter)) for parameter in self.parameters]
         padding = [torch.zeros_like(grads[0])] * (self.ranks.size * self.block - len(grads))
         self.grads = reduce_scatter(torch.stack(grads + padding), self.ranks)  # (size * block, m, n)
 
@@ -136,12 +177,16 @@ class MuonStack:
         grads = self.grads.wait()  # (block, m, n), of which the first k are matrices
         del self.grads
         k = len(self.owned)
-        padding = [torch.zeros_like(self.parameters[0])] * (self.block - k)
-        stack = torch.stack([parameter.detach() for parameter in self.owned] + padding)  # (block, m, n)
-        if k:
+        padding = [torch.zeros_like(self.whole(self.parameters[0]))] * (self.block - k)
+        stack = torch.stack([self.whole(parameter) for parameter in self.owned] + padding)  # (block, m, n)
+        if k and stack.numel():
             update = compiled_muon_update() if self.compiled else muon_update
             settings = self._settings(group, grads)
-            update(stack[:k], grads[:k], self.momentum_buffer, self.second_moment, self.orthogonalize, **settings)
+            matrices = self.split.take_apart(stack[:k])
+            for part, grad, buffers in zip(matrices, self.split.take_apart(grads[:k]), self.buffers):
+                update(part, grad, *buffers.values(), self.orthogonalize, **settings)
+            if not self.split.is_whole:
+                stack[:k] = self.split.put_together(matrices, stack.shape[1:])
         self.results = all_gather(stack, self.ranks)
 
     def _settings(self, group: dict[str, Any], grads: Tensor) -> dict[str, Any]:
@@ -157,7 +202,13 @@ class MuonStack:
         results = self.results.wait()  # (size * block, m, n)
         del self.results
         for parameter, result in zip(self.parameters, results.unbind(0)):
-            parameter.copy_(result)
+            if self.is_exchanged or not isinstance(parameter, DTensor):
+                parameter.copy_(result)
+            elif parameter.ndim == 3:
+                parameter.to_local().copy_(result)
+            else:  # all ranks have computed all of it: each keeps its rows
+                whole = DTensor.from_local(result, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+                parameter.copy_(whole.redistribute(placements=parameter.placements))
 
 
 def orthogonalize_exchanged(x: DTensor, *settings: Any) -> DTensor:
