@@ -72,8 +72,8 @@ lint: .venv/.installed ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.installed ## every benchmark, one after another
-	for file in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+bench: .venv/.installed ## every benchmark, one after another; the studies (benchmarks/*_study.py) take longer and run alone
+	for file in $(filter-out %_study.py,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 FIGURES := out/figures
 figures: .venv/.installed ## the essay's pictures, from a small run of each stage (a quarter of an hour on two quiet cores)

@@ -9,7 +9,7 @@ weights, the order of the data and the samples) four networks answer the same he
 - `rl`: that network after reinforcement;
 - `more sft`: that network fine-tuned further, for as much processor time as reinforcement took, on the solutions of the
   problems that reinforcement practiced on: control (b);
-- `teacher`: fine-tuned from scratch as long as `sft` on solutions that show the whole search.
+- `teacher`: fine-tuned from scratch, like `sft`, on as many solutions that show the whole search.
 
 Each is a run of the recipes with the configs in recipes/configs/rl_study; a seed that is done is not done again, and
 one that was interrupted goes on. Processor time is counted, not wall-clock, which other work on the machine stretches.
@@ -40,7 +40,7 @@ from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, Reinf
 from modeling_nanochat.training.whole_files import write_json
 
 FIGURE = Path("docs/images/rl_study.png")
-DEPTH, ASPECT_RATIO, HEAD_DIM, VOCABULARY, CONTEXT = 2, 32, 32, 384, 128  # 0.17 million parameters
+DEPTH, ASPECT_RATIO, HEAD_DIM, VOCABULARY, CONTEXT = 2, 32, 32, 384, 160  # 0.17 million parameters
 TOKENIZER_ROWS = 3000
 NETWORKS = ("sft", "more sft", "rl", "teacher")
 CONTROLS = ("sft", "more sft")
