@@ -7,8 +7,8 @@ weights, the order of the data and the samples) four networks answer the same he
 
 - `sft`: fine-tuned from scratch on solutions as people leave them, which often break the search off: control (a);
 - `rl`: that network after reinforcement;
-- `more sft`: that network fine-tuned further, for as much processor time as reinforcement took, on the solutions of the
-  problems that reinforcement practiced on: control (b);
+- `more sft`: that network fine-tuned further, for as many steps as `sft` would have made in the processor time of
+  reinforcement, on the solutions of the problems that reinforcement practiced on: control (b);
 - `teacher`: fine-tuned from scratch, like `sft`, on as many solutions that show the whole search.
 
 Each is a run of the recipes with the configs in recipes/configs/rl_study; a seed that is done is not done again, and
@@ -176,13 +176,13 @@ def draw(found: dict[int, dict[str, dict]], file: Path) -> None:
     """pass@1 of every network and seed with its interval."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-        for position, (name, color) in enumerate(zip(NETWORKS, (GREY, GREY, *COLORS[:1], COLORS[2]))):
+        for position, (name, color) in enumerate(zip(NETWORKS, (GREY, GREY, COLORS[0], COLORS[2]))):
             for offset, networks in enumerate(found.values()):
                 passed, place = networks[name]["pass@1"], position + (offset - (len(found) - 1) / 2) * 0.12
                 axes.plot([place] * 2, [passed.low, passed.high], color=color, linewidth=1.6)
                 axes.plot(place, passed.mean, "o", color=color, markersize=4)
         axes.set(
-            xticks=range(len(NETWORKS)), xticklabels=LABELS, ylim=(0, 1), ylabel="right answers, with 95% intervals"
+            xticks=range(len(NETWORKS)), xticklabels=LABELS, ylim=(0, 1.03), ylabel="right answers, with 95% intervals"
         )
         axes.set_title(f"Held-out problems, {len(found)} seeds")
         axes.grid(visible=False, axis="x")
