@@ -91,7 +91,7 @@ def test_models_are_measured_side_by_side_and_only_once(monkeypatch, capsys, pre
     assert sums["centered"] == pytest.approx(2 * sums["accuracy"] - 1)
     run_evaluate(monkeypatch, prepared, *arguments)
     assert "already done" in capsys.readouterr().out
-    text = write_report(ReportArguments(run=str(prepared))).read_text()
+    text = write_report(ReportArguments(run=[str(prepared)])).read_text()
     assert "| bits per byte |" in text
 
 
