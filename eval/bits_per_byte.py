@@ -13,13 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
 from modeling_nanochat.eval.batches import batches_by_length
 from modeling_nanochat.eval.models import context_length, first_tokens
-from modeling_nanochat.inference import eval_mode
+from modeling_nanochat.inference import eval_mode, token_losses
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text
 
 LOGITS_AT_ONCE = 1 << 28  # numbers in the logits of a batch, for models that make them all: 1 GiB in float32
@@ -105,17 +104,3 @@ def documents_loss(
             for place, loss in zip(chosen, losses.double().sum(dim=1).tolist()):
                 nats[owners[place]] += loss
     return [TextLoss(loss, size) for loss, size in zip(nats, sizes)]
-
-
-def token_losses(
-    model: PreTrainedModel, input_ids: torch.Tensor, targets: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """-log p(target) at every position, (B, T) float32, 0 where the target is -100.
-
-    Our own networks make it in chunks (`token_losses`); of any other the logits of the whole batch are made.
-    """
-    if hasattr(model, "token_losses"):
-        return model.token_losses(input_ids, targets, attention_mask)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return losses.view(targets.shape)

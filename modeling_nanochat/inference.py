@@ -1,11 +1,12 @@
-"""What a model that only runs needs everywhere: rows of unequal length as one batch, eval mode for a while, and how a
-checkpoint answers unless told otherwise."""
+"""What a model that only runs needs everywhere: rows of unequal length as one batch, eval mode for a while, the loss of
+every token, and how a checkpoint answers unless told otherwise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokenization_nanochat_gpt import generation_token_ids
 
@@ -32,6 +33,21 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel, input_ids: torch.Tensor, targets: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """-log p(target) at every position, (B, T) float32, 0 where the target is -100.
+
+    Our own networks make it in chunks (`token_losses`); of any other the logits of the whole batch are made.
+    """
+    if hasattr(model, "token_losses"):
+        return model.token_losses(input_ids, targets, attention_mask)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
 
 
 def chat_generation_config(tokenizer: PreTrainedTokenizerBase, context_length: int) -> GenerationConfig:

@@ -11,13 +11,15 @@ choose a depth, a device and a batch.
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from transformers import PreTrainedConfig
 
-from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.numbers import readable_time
 from modeling_nanochat.recipes.stages.prices import DOLLARS_PER_HOUR, RENTS
 from modeling_nanochat.training import devices, memory, scaling
+from modeling_nanochat.training.optimizer.eras import era_of
+from modeling_nanochat.training.optimizer.sorting import attention_heads
 
 
 @dataclass
@@ -41,13 +43,13 @@ class PlanArguments(NetworkArguments, HorizonArguments):
     )
 
 
-def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.TrainingPlan]:
+def plan_of(arguments: PlanArguments) -> tuple[PreTrainedConfig, scaling.TrainingPlan]:
     """The network and the run that the arguments describe."""
     arguments.check()
     config = arguments.network(arguments.vocab_size)
     plan = scaling.plan_training(
         config,
-        era=config.init_scheme,
+        era=era_of(config),
         aspect_ratio=arguments.aspect_ratio,
         batch_tokens=arguments.total_batch_tokens,
         max_steps=arguments.max_steps,
@@ -57,12 +59,12 @@ def plan_of(arguments: PlanArguments) -> tuple[NanoChatGPTConfig, scaling.Traini
     return config, plan
 
 
-def describe_plan(config: NanoChatGPTConfig, plan: scaling.TrainingPlan) -> str:
+def describe_plan(config: PreTrainedConfig, plan: scaling.TrainingPlan) -> str:
     """The network and the run, line by line."""
     parameters = asdict(plan.parameters)
     lines = [
         f"depth {config.num_hidden_layers}: {config.hidden_size} wide, {config.num_attention_heads} heads of "
-        f"{config.head_dim}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
+        f"{attention_heads(config)[2]}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
         "",
         *(f"{name.replace('_', ' '):>20} {count:>16,}" for name, count in parameters.items()),
         f"{'all parameters':>20} {plan.parameters.total:>16,}",
@@ -78,7 +80,7 @@ def describe_plan(config: NanoChatGPTConfig, plan: scaling.TrainingPlan) -> str:
 
 
 def describe_device(
-    name: str, config: NanoChatGPTConfig, plan: scaling.TrainingPlan, gpus: int, utilisation: float
+    name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, gpus: int, utilisation: float
 ) -> str:
     """One line of the table of devices: micro-batch, memory, time and cost, or why it does not fit."""
     device, length = devices.DEVICES[name], config.max_position_embeddings

@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.eval.bits_per_byte import TextLoss, packed_loss
 from modeling_nanochat.eval.sampling import generate_batch
 from modeling_nanochat.recipes.command_line import parse, run
@@ -35,11 +34,13 @@ from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_c
 from modeling_nanochat.recipes.stages.record import Stage, is_main_process
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import devices, memory, scaling
+from modeling_nanochat.training.architectures import fresh_network
 from modeling_nanochat.training.data.documents import open_documents
 from modeling_nanochat.training.data.near_duplicates import find_near_duplicates
 from modeling_nanochat.training.data.packing import PackingStats
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.data.row_source import RowSource
+from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.ranks import gather
 from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
 from modeling_nanochat.training.trainers.settings import check_range
@@ -140,7 +141,7 @@ def pretrain(settings: RunSettings) -> None:
     length = settings.network.sequence_length
     source = RowSource(documents, tokenizer, length, config.process_index, config.world_size)
     network = settings.network.network(len(tokenizer), **generation_token_ids(tokenizer))
-    config.optimizer_era = config.optimizer_era or network.init_scheme
+    config.optimizer_era = config.optimizer_era or era_of(network)
     settled = settle(settings, network, source, checkpoint)
     settled.apply(config)
     samples = Samples(tokenizer, measure.sample_prompts)
@@ -170,10 +171,10 @@ def pretrain(settings: RunSettings) -> None:
     publish(stage, config)
 
 
-def make_model(network: NanoChatGPTConfig, config: PretrainConfig) -> NanoChatGPTForCausalLM:
+def make_model(network: PreTrainedConfig, config: PretrainConfig) -> PreTrainedModel:
     """Fresh weights, the same on every rank and whatever was drawn before."""
     set_seed(config.seed)
-    return NanoChatGPTForCausalLM(network)
+    return fresh_network(network)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Settled:
         config.weight_decay = self.plan.weight_decay if config.weight_decay is None else config.weight_decay
 
 
-def settle(settings: RunSettings, network: NanoChatGPTConfig, source: RowSource, checkpoint: str | None) -> Settled:
+def settle(settings: RunSettings, network: PreTrainedConfig, source: RowSource, checkpoint: str | None) -> Settled:
     """Settle batch, micro-batch, number of steps and decay from the settings, the shape and the machine.
 
     A run of so many minutes that is resumed keeps the number of steps it had, whatever this machine would do in them.
@@ -232,7 +233,7 @@ def settle(settings: RunSettings, network: NanoChatGPTConfig, source: RowSource,
     return Settled(make_plan(batch_tokens=plan.batch_tokens, max_steps=steps), rows, accumulation, seconds)
 
 
-def seconds_per_micro_batch(network: NanoChatGPTConfig, config: PretrainConfig, rows: RowLoader) -> float:
+def seconds_per_micro_batch(network: PreTrainedConfig, config: PretrainConfig, rows: RowLoader) -> float:
     """Time of a step of one micro-batch, measured on a throw-away network; every rank gets rank 0's figure."""
     trial = dataclasses.replace(
         config,
@@ -260,7 +261,7 @@ class Validation:
     def __init__(self, batches: list[dict[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase):
         self.batches, self.token_bytes = batches, token_bytes(tokenizer)
 
-    def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
+    def __call__(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         losses = gather(packed_loss(model, self.batches, self.token_bytes))
         return {BITS_PER_BYTE: TextLoss.total(losses).bits_per_byte}
 
@@ -273,7 +274,7 @@ class Samples:
         self.tokenizer, self.prompts = tokenizer, list(prompts)
         self.taken: list[dict[str, Any]] = []
 
-    def __call__(self, model: NanoChatGPTForCausalLM, step: int) -> dict[str, float]:
+    def __call__(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         bos = self.tokenizer.bos_token_id
         ids = [[bos, *encode_text(self.tokenizer, prompt)] for prompt in self.prompts]
         # On all ranks, which would wait anyway: sharded weights need them all.

@@ -15,10 +15,11 @@ from collections.abc import Callable
 import psutil
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedConfig
 
-from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.block_attention import LONGEST_FULL_ATTENTION
 from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
+from modeling_nanochat.training.architectures import fresh_network, is_nanochat, run_activations_in
 from modeling_nanochat.training.scaling import accumulation_steps, count_parameters
 
 # Values, in units of the hidden size, that autograd keeps of one token in one block: counted with saved_tensors_hooks
@@ -30,13 +31,14 @@ LIBRARIES_ON_CPU = 560 * 10**6  # resident before the first step, weights aside:
 # memory over that of the tensors that come and go, measured 1.4 to 2.9 at depths 2 to 6. Blocks mapped one by one would
 # not do so, but cost a sixth of a step in page faults.
 ALLOCATOR_SLACK = 2
-LOSS_COPIES = 3  # of one chunk of logits in float32: logits, probabilities and their gradient
+SAVED_PER_STOCK_LAYER = 25  # of a stock block, counted so on eager Qwen3 and OLMo 2; 21 on Llama and Mistral
+LOSS_COPIES = 3  # of a chunk of logits in float32 (a stock network: of all): logits, probabilities, their gradient
 USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
 CPU_MICRO_BATCH_TOKENS = 4096  # on a CPU larger micro-batches are no faster (measured flat from 1024 to 8192)
 
 
 def memory_per_device(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     rows: int,
     sequence_length: int,
     world_size: int,
@@ -53,22 +55,24 @@ def memory_per_device(
     weights = 4 * (counts.scaling + counts.scalars) + size * embeddings
     state = 4 * counts.matrices + 2 * (4 * counts.head + size * embeddings)  # momentum; two moments
     casts = size * counts.scaling if size < 4 else 0
-    per_layer = SAVED_PER_LAYER_ON_CPU if device_type == "cpu" else SAVED_PER_LAYER
+    stock, on_cpu = not is_nanochat(config), device_type == "cpu"
+    per_layer = SAVED_PER_STOCK_LAYER if stock else SAVED_PER_LAYER_ON_CPU if on_cpu else SAVED_PER_LAYER
+    logits = rows * sequence_length * config.vocab_size if stock else CHUNK_ELEMENTS[device_type]
     per_token = per_layer * config.num_hidden_layers * config.hidden_size
-    if device_type == "cpu":
+    if on_cpu and not stock:  # SDPA, which stock networks have, keeps none
         per_token += kept_probabilities(config, sequence_length)
-    slack = ALLOCATOR_SLACK if device_type == "cpu" else 1
+    slack = ALLOCATOR_SLACK if on_cpu else 1
     return {
         "libraries": LIBRARIES_ON_CPU if device_type == "cpu" else 0,
         "weights": weights,
         "gradients": weights,
         "optimizer state": state // world_size,
         "activations": slack * (rows * sequence_length * size * per_token + casts),
-        "loss": slack * (LOSS_COPIES * 4 * CHUNK_ELEMENTS[device_type] + 4 * counts.head),
+        "loss": slack * (LOSS_COPIES * 4 * logits + 4 * counts.head),
     }
 
 
-def kept_probabilities(config: NanoChatGPTConfig, length: int) -> int:
+def kept_probabilities(config: PreTrainedConfig, length: int) -> int:
     """Of one token of a row: the probabilities that block attention keeps for the backward pass, all layers and heads;
     a query meets the keys before it in its window, on average over the row."""
     keys = 0
@@ -88,7 +92,7 @@ def search_rows(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def planned_rows(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     *,
     batch_tokens: int,
     sequence_length: int,
@@ -117,7 +121,7 @@ def planned_rows(
 
 
 def rows_that_fit(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     *,
     batch_tokens: int,
     sequence_length: int,
@@ -156,7 +160,7 @@ def usable_memory(device: torch.device, world_size: int) -> int:
 
 
 def rows_that_run(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     most: int,
     sequence_length: int,
     device: torch.device,
@@ -174,7 +178,7 @@ def rows_that_run(
 
 
 def one_step_fits(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     rows: int,
     sequence_length: int,
     device: torch.device,
@@ -193,7 +197,7 @@ def one_step_fits(
 
 
 def run_one_step(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     rows: int,
     sequence_length: int,
     device: torch.device,
@@ -202,9 +206,10 @@ def run_one_step(
 ) -> None:
     """Forward and backward of a fresh network on zeros, beside an allocation of `reserved_bytes`."""
     with device:
-        model = NanoChatGPTForCausalLM(config).train()
+        model = fresh_network(config).train()
         reserved = torch.empty(reserved_bytes, dtype=torch.uint8)
         ids = torch.zeros(rows, sequence_length, dtype=torch.int64)  # (B, T)
-    model.set_activation_dtype(dtype)
-    model(input_ids=ids, shift_labels=ids).loss.backward()
+    run_activations_in(model, dtype, device)
+    labels = {} if is_nanochat(config) else {"labels": ids}
+    model(input_ids=ids, shift_labels=ids, use_cache=False, **labels).loss.backward()
     del reserved

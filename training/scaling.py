@@ -1,16 +1,24 @@
 """The depth dial: from a shape to parameters, FLOPs, a token horizon, batch and decay.
 
-Everything is computed by formula from the configuration, so that a plan for a model of any size costs nothing: no
-weight is ever built here. The price is that the formulas repeat what the model's constructor does; a test holds them
-equal to the parameters of real models. The constants are upstream nanochat's, which found them by sweeps; the batch
-and decay rules of the head era rest on the papers named beside them.
+Everything is computed from the configuration, so that a plan for a model of any size costs nothing: by formula for
+nanochat's own networks, and for stock ones from a network without values. No weight is ever built here. The price is
+that the formulas repeat what the model's constructor does; a test holds them equal to real models. The constants are
+upstream nanochat's, which found them by sweeps; the batch and decay rules of the head era rest on the papers named
+beside them.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from modeling_nanochat import NanoChatGPTConfig
+from modeling_nanochat.training.architectures import is_nanochat, stock_config
 from modeling_nanochat.training.optimizer.eras import REFERENCE_BATCH_TOKENS, REFERENCE_DEPTH, optimizer_era
+from modeling_nanochat.training.optimizer.sorting import attention_heads, sort_parameters
 
 # ---------------------------------------------------------------- parameters and FLOPs
 
@@ -35,8 +43,10 @@ class ParameterCounts:
         return self.matrices + self.head
 
 
-def count_parameters(config: NanoChatGPTConfig) -> ParameterCounts:
-    """Parameters by group, equal to what `NanoChatGPTForCausalLM(config)` would allocate."""
+def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
+    """Parameters by group, equal to what a network of this configuration would allocate."""
+    if not is_nanochat(config):
+        return count_by_kind(config.to_json_string(use_diff=False), type(config))
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     query_width = config.num_attention_heads * config.head_dim
     value_width = config.num_key_value_heads * config.head_dim
@@ -56,7 +66,19 @@ def count_parameters(config: NanoChatGPTConfig) -> ParameterCounts:
     )
 
 
-def flops_per_token(config: NanoChatGPTConfig, sequence_length: int | None = None) -> int:
+@lru_cache
+def count_by_kind(config_json: str, config_class: type[PreTrainedConfig]) -> ParameterCounts:
+    """The same for a stock network; an embedding that is the head too counts as that, as it multiplies every token."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(config_json)))
+    counts = dict.fromkeys(("embedding", "head", "vector", "matrices"), 0)
+    for each in sort_parameters(model):
+        kind = "head" if each.kind == "tied" else each.kind
+        counts[kind if kind in counts else "matrices"] += each.parameter.numel()
+    return ParameterCounts(counts["embedding"], 0, counts["head"], counts["matrices"], counts["vector"])
+
+
+def flops_per_token(config: PreTrainedConfig, sequence_length: int | None = None) -> int:
     """Floating point operations of training on one token, forward and backward.
 
     6 for every parameter that multiplies, and 12 * heads * head_dim for every position a layer looks back on; a
@@ -64,20 +86,22 @@ def flops_per_token(config: NanoChatGPTConfig, sequence_length: int | None = Non
     """
     length = sequence_length or config.max_position_embeddings
     seen = sum(length if window is None else min(window, length) for window in attention_windows(config))
-    return 6 * multiplying_parameters(config) + 12 * config.num_attention_heads * config.head_dim * seen
+    heads, _, head_dim = attention_heads(config)
+    return 6 * multiplying_parameters(config) + 12 * heads * head_dim * seen
 
 
-def multiplying_parameters(config: NanoChatGPTConfig) -> int:
+def multiplying_parameters(config: PreTrainedConfig) -> int:
     """The scaling parameters, and the smear's gate: it multiplies tokens too, but the horizon does not count it."""
-    return count_parameters(config).scaling + config.smear_channels
+    return count_parameters(config).scaling + getattr(config, "smear_channels", 0)
 
 
-def attention_windows(config: NanoChatGPTConfig) -> list[int | None]:
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
     """For each layer, how many positions before its own a query sees; None is all of them.
 
     `config.sliding_window` counts the query itself, as Transformers does, upstream's FLOP formula does not.
     """
-    return [config.sliding_window - 1 if "sliding" in kind else None for kind in config.layer_types]
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [config.sliding_window - 1 if "sliding" in kind else None for kind in kinds]
 
 
 # ---------------------------------------------------------------- how long, how large a batch, how much decay
@@ -103,7 +127,7 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: NanoChatGPTConfig,
+    config: PreTrainedConfig,
     *,
     era: str = "seed",
     aspect_ratio: int = 64,
@@ -149,8 +173,11 @@ def plan_training(
     return TrainingPlan(parameters, flops, batch_tokens, steps, weight_decay)
 
 
-def reference_parameters(config: NanoChatGPTConfig, aspect_ratio: int) -> int:
+def reference_parameters(config: PreTrainedConfig, aspect_ratio: int) -> int:
     """Scaling parameters of the network at which batch and decay were tuned: depth 12, otherwise like this one."""
+    if not is_nanochat(config):
+        shape = {"vocab_size": config.vocab_size, "head_dim": attention_heads(config)[2], "aspect_ratio": aspect_ratio}
+        return count_parameters(stock_config(config.model_type, REFERENCE_DEPTH, **shape)).scaling
     reference = NanoChatGPTConfig.from_depth(
         REFERENCE_DEPTH,
         vocab_size=config.vocab_size,
@@ -175,7 +202,7 @@ def learning_rate_scale(batch_tokens: int) -> float:
 
 
 def scaled_weight_decay(
-    config: NanoChatGPTConfig, batch_tokens: int, *, era: str = "seed", aspect_ratio: int = 64
+    config: PreTrainedConfig, batch_tokens: int, *, era: str = "seed", aspect_ratio: int = 64
 ) -> float:
     """Muon's weight decay at the first step, by the era's rule for the horizon of its ratio."""
     row = optimizer_era(era)

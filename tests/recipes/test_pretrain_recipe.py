@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatForCausalLM
 from trl import TrlParser
 
 from modeling_nanochat.recipes import convert, scaling_laws
 from modeling_nanochat.recipes.pretrain import RunSettings, pretrain
 from modeling_nanochat.recipes.stages.record import read_stage
+from modeling_nanochat.training.architectures import ARCHITECTURES
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.pretrain import PretrainTrainer
 from modeling_nanochat.training.trainers.time_budget import TimeBudget
@@ -148,6 +152,49 @@ def test_indivisible_batch_is_explained(folder, tmp_path):
     with pytest.raises(ValueError, match=r"a batch of 250 tokens cannot be made of .* such as 256"):
         pretrain(settings(folder, tmp_path, total_batch_tokens=250))
     assert not (tmp_path / "stage.begun.json").exists()
+
+
+LOAD_ALONE = """
+import json, sys
+sys.modules["modeling_nanochat"] = None  # as where it is not installed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found = {}
+for folder in sys.argv[1:]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the king sees", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    found[folder] = [type(model).__name__, model.config.max_position_embeddings, text]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_stock_architecture_is_a_plain_checkpoint_of_its_class(folder, tmp_path):
+    for architecture in ARCHITECTURES:
+        pretrain(settings(folder, tmp_path / architecture, architecture=architecture))
+        record = read_stage(tmp_path / architecture)
+        losses = [line["loss"] for line in record["log_history"] if "loss" in line]
+        assert record["results"]["tokens"] == 4 * 256 and losses[-1] < losses[0]
+        assert not list((tmp_path / architecture).glob("*.py"))
+    folders = [str(tmp_path / architecture) for architecture in ARCHITECTURES]
+    done = subprocess.run([sys.executable, "-c", LOAD_ALONE, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (class_name, context, text) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert class_name.lower() == f"{Path(name).name}forcausallm"
+        assert context == 32 and text.startswith("the king sees")
+    # half of a run again: the rest is the same to the bit
+    shutil.copytree(tmp_path / "qwen3" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = {"resume_from_checkpoint": str(tmp_path / "again" / "checkpoint-2")}
+    pretrain(settings(folder, tmp_path / "again", architecture="qwen3", **again))
+    weights = [load_file(tmp_path / each / "model.safetensors") for each in ("qwen3", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("setting", [{"era": "head"}, {"window_pattern": "SL"}])
+def test_what_a_stock_architecture_does_not_have_is_refused(folder, tmp_path, setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"--{name} .* would do nothing with --architecture qwen3"):
+        pretrain(settings(folder, tmp_path, architecture="qwen3", **setting))
 
 
 def test_scaling_laws_find_the_bottom_of_parabolas():

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from modeling_nanochat.training.optimizer.schedules import (
     Schedule,
     cosine_to_zero,
@@ -161,6 +163,11 @@ def optimizer_era(name: str) -> OptimizerEra:
     if name not in OPTIMIZER_ERAS:
         raise ValueError(f"the optimizer's era is {name!r}, expected one of {', '.join(OPTIMIZER_ERAS)}")
     return OPTIMIZER_ERAS[name]
+
+
+def era_of(config: PreTrainedConfig) -> str:
+    """The optimizer's era that a network is trained by unless told otherwise; a stock network has the seed's."""
+    return getattr(config, "init_scheme", "seed")
 
 
 def pretraining_schedules(

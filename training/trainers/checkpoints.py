@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
 from modeling_nanochat.inference import chat_generation_config
+from modeling_nanochat.training.architectures import is_nanochat
 from modeling_nanochat.training.trainers.publishing import PublishingMixin
 from modeling_nanochat.training.whole_files import STAGING, damage, whole_folder, write_checksums
 
@@ -41,6 +42,8 @@ def as_it_answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | N
     model.config.use_cache = True  # the Trainer turns it off
     tokenizer.model_max_length = context
     model.generation_config = chat_generation_config(tokenizer, context)
+    if not is_nanochat(model.config):
+        del model.generation_config.use_calculator  # which only nanochat's own `generate` knows
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from modeling_nanochat.tokenization_nanochat_gpt import render_conversation, render_prompt
 from modeling_nanochat.training import scaling
+from modeling_nanochat.training.architectures import run_activations_in
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import rl_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
@@ -107,7 +108,8 @@ class NanoChatDPOTrainer(MuonTrainerMixin, WholeCheckpointsMixin, DPOTrainer):
         )
         self.set_up_muon(args.activation_dtype)
         if self.ref_model is not None:
-            self.accelerator.unwrap_model(self.ref_model).set_activation_dtype(self.activation_dtype)
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            run_activations_in(reference, self.activation_dtype, self.args.device)
         self.param_group_settings = {
             "era": self.optimizer_era,
             "batch_tokens": scaling.REFERENCE_BATCH_TOKENS,  # rates do not depend on the batch, as in reinforcement

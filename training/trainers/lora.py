@@ -16,7 +16,7 @@ from transformers.utils import is_peft_available
 
 from modeling_nanochat.training.trainers.settings import check_range
 
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]  # the last in stock networks
 LORA_SETTINGS = frozenset(("lora_rank", "lora_alpha", "lora_lr"))
 
 

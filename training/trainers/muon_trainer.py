@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.training.architectures import is_nanochat, run_activations_in
 from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
@@ -40,13 +42,14 @@ class MuonTrainerMixin:
     @property
     def optimizer_era(self) -> str:
         """Whose optimizer it is: as the settings say, else that of the network."""
-        return self.args.optimizer_era or self.model.config.init_scheme
+        return self.args.optimizer_era or era_of(self.model.config)
 
     def set_up_muon(self, activation_dtype: str) -> None:
         self.activation_dtype = choose_dtype(activation_dtype, self.args.device, "activation_dtype")
         model = self.accelerator.unwrap_model(self.model)
-        model.set_activation_dtype(self.activation_dtype)
-        self.accelerator.print(choose_attention(model, self.args.device, training=True))
+        run_activations_in(model, self.activation_dtype, self.args.device)
+        if is_nanochat(model.config):
+            self.accelerator.print(choose_attention(model, self.args.device, training=True))
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
@@ -95,9 +98,9 @@ class MuonTrainerMixin:
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:  # for evaluation, which does not go through `forward`
+        if self.is_fsdp_enabled and is_nanochat(self.model.config):  # for evaluation, which goes past `forward`
             register_fsdp_forward_method(self.model, "token_losses")
-        elif self.args.world_size > 1:  # DDP would have done this
+        elif self.args.world_size > 1 and not self.is_fsdp_enabled:  # DDP would have done this
             for parameter in self.model.parameters():
                 dist.broadcast(parameter.data, src=0)
         return prepared

@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import devices, scaling
+from modeling_nanochat.training.architectures import is_nanochat
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.optimizer.eras import optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
@@ -154,7 +155,7 @@ def exact_sums(wanted: bool) -> Iterator[None]:
 
 
 class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
-    """Trains a nanochat network on endless packed rows.
+    """Trains a network, nanochat's or a stock one, on endless packed rows.
 
     Args:
         model: the network; weights float32.
@@ -189,7 +190,9 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
                 setattr(args, name, getattr(optimizer_era(self.optimizer_era), name))
         self.set_up_muon(args.activation_dtype)
         self.model_accepts_loss_kwargs = False  # the mean over a micro-batch is right: all rows are full
-        if args.device.type == "cuda" and self.activation_dtype == torch.bfloat16 and not self.is_fsdp_enabled:
+        self.has_own_loss = is_nanochat(model.config)
+        bfloat16_on_gpu = args.device.type == "cuda" and self.activation_dtype == torch.bfloat16
+        if self.has_own_loss and bfloat16_on_gpu and not self.is_fsdp_enabled:
             store_tables_in_bfloat16(model)  # FSDP2 wants one dtype
         self.add_callback(StepSchedule(evaluations))
         peak = devices.peak_flops_per_second(args.device, self.activation_dtype)
@@ -229,6 +232,13 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
             warmdown_ratio=args.warmdown_ratio,
             final_lr_frac=args.final_lr_frac,
         )
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """A stock network counts targets only beside labels, and would keep a cache."""
+        if not self.has_own_loss:
+            targets = inputs["shift_labels"].contiguous()
+            inputs = {"input_ids": inputs["input_ids"], "labels": targets, "shift_labels": targets, "use_cache": False}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---------------------------------------------------------------- log and evaluation
 

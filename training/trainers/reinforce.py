@@ -33,6 +33,7 @@ from modeling_nanochat import render_prompt
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
+from modeling_nanochat.training.architectures import is_nanochat
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import cosine_to_zero, linear_to_zero, rl_schedules
 from modeling_nanochat.training.ranks import over_ranks
@@ -187,6 +188,11 @@ class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] | None = None,
     ):
+        if not is_nanochat(model.config):
+            raise ValueError(
+                f"reinforcement got a network of type {model.config.model_type!r}, expected nanochat's own: it learns "
+                "by `weighted_loss`, which stock networks do not have"
+            )
         self.rewards, self.summarize = dict(rewards), summarize
         self.calculator = CalculatorLogitsProcessor(processing_class)
         super().__init__(

@@ -29,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
-from modeling_nanochat.inference import eval_mode
+from modeling_nanochat.inference import eval_mode, token_losses
 from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.data.conversations import PackedConversations, rows_for_all_ranks, write_rows
@@ -283,7 +283,7 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         with eval_mode(self.model):
             for batch in dataloader:
                 targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
-                losses = self.model.token_losses(batch["input_ids"], targets).double()  # (B, T)
+                losses = token_losses(self.model, batch["input_ids"], targets).double()  # (B, T)
                 sizes = self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)  # (B, T)
                 of_rows = (losses, targets != IGNORE_INDEX, losses * (sizes > 0), sizes)
                 gathered = self.accelerator.gather_for_metrics(
