@@ -39,7 +39,7 @@ from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.reinforce import ReinforceConfig, ReinforceTrainer
 from modeling_nanochat.training.whole_files import write_json
 
-FIGURE = Path("docs/images/rl_study.png")
+FIGURE = Path("docs/rl_study.png")
 DEPTH, ASPECT_RATIO, HEAD_DIM, VOCABULARY, CONTEXT = 2, 32, 32, 384, 160  # 0.17 million parameters
 TOKENIZER_ROWS = 3000
 NETWORKS = ("sft", "more sft", "rl", "teacher")
