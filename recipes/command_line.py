@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).with_name("configs")
 def run(recipe: Callable[[], None]) -> None:
     """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
     # TRL sets what Transformers calls deprecated: nothing that a user of a recipe could mend.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
         recipe()
     except Stopped as stopped:
