@@ -67,6 +67,10 @@ class ReportArguments:
     )
     currency: str = field(default="$", metadata={"help": "Sign put in front of costs."})
 
+    def __post_init__(self):
+        if isinstance(self.run, str):  # as a config may have it
+            self.run = [self.run]
+
 
 def main() -> None:
     (arguments,) = parse(ReportArguments)

@@ -122,10 +122,16 @@ def test_runs_are_compared(run, tmp_path_factory):
 
 
 def test_runs_are_named_together_or_one_after_another(monkeypatch):
-    for words in ("--run a b", "--run a --run b"):
+    given = {
+        "--run a b": ["a", "b"],
+        "--run a --run b": ["a", "b"],
+        "--config demo/report": ["out/demo"],
+        "--config demo/report --run a": ["a"],
+    }
+    for words, runs in given.items():
         monkeypatch.setattr(sys, "argv", ["nanochat report", *words.split()])
         (arguments,) = parse(ReportArguments)
-        assert arguments.run == ["a", "b"]
+        assert arguments.run == runs
 
 
 def test_sentences_say_what_came_of_a_stage(run):
