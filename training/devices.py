@@ -84,9 +84,15 @@ DEVICES = {
 EXPECTED_UTILISATION = {"cuda": 0.4, "cpu": 0.6}
 
 
+def device_key(name: str) -> str | None:
+    """The key of `DEVICES` for a name such as torch reports ("NVIDIA H100 80GB HBM3"), or None."""
+    return next((key for key in DEVICES if key.lower() in name.lower()), None)
+
+
 def known_device(name: str) -> Device | None:
-    """The table's entry for a name such as torch reports ("NVIDIA H100 80GB HBM3"), or None."""
-    return next((device for key, device in DEVICES.items() if key.lower() in name.lower()), None)
+    """The table's entry for such a name, or None."""
+    key = device_key(name)
+    return None if key is None else DEVICES[key]
 
 
 def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from modeling_nanochat.training.devices import device_key
+
 # Rent of each of `devices.DEVICES`: about what GPU clouds asked on demand at the beginning of 2026, written down from
 # memory and not looked up: for orientation only.
 DOLLARS_PER_HOUR = {
@@ -21,7 +23,5 @@ RENTS = "rents for orientation, early 2026"
 
 def dollars_per_hour(machine: dict[str, Any]) -> float | None:
     """Of all accelerators of a machine as a stage records it; None if it has none, or one that is not in the table."""
-    names = machine["accelerators"]
-    prices = [next((price for key, price in DOLLARS_PER_HOUR.items() if key.lower() in name.lower()), None)
-              for name in names]  # fmt: skip
-    return sum(prices) if prices and None not in prices else None
+    keys = [device_key(name) for name in machine["accelerators"]]
+    return sum(DOLLARS_PER_HOUR[key] for key in keys) if keys and None not in keys else None
