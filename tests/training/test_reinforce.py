@@ -359,6 +359,15 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not finite at step 0, so it is not saved"):
+        trainer.save_checkpoint()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def train_and_save(folder: Path) -> None:
     weights = final_weights(folder / "ranks", per_device_train_batch_size=4)
     if torch.distributed.get_rank() == 0:

@@ -57,7 +57,11 @@ class WholeCheckpointsMixin(PublishingMixin):
     def save_position(self, folder: Path) -> None:
         """For trainers whose data knows its position: called on every rank with the folder of a checkpoint."""
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """A checkpoint of the step that the run has come to."""
         self.store_flos()
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         is_main, barrier = self.is_world_process_zero(), self.accelerator.wait_for_everyone
@@ -65,7 +69,7 @@ class WholeCheckpointsMixin(PublishingMixin):
             self.save_model(str(folder), _internal_call=True)
             if is_main:  # nothing reads it, and it holds the Hub's token
                 (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            self._save_optimizer_and_scheduler(str(folder))
+            self.save_optimizer(folder)
             self._save_rng_state(str(folder))
             self.save_position(folder)
             self.state.stateful_callbacks |= {
@@ -76,7 +80,7 @@ class WholeCheckpointsMixin(PublishingMixin):
             if is_main:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+            self.push_checkpoint(target)
         if is_main:
             spared = self.being_pushed if self.is_pushing() else None
             remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, spared)
@@ -110,13 +114,14 @@ class WholeCheckpointsMixin(PublishingMixin):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def save_optimizer(self, folder: Path) -> None:
+        """This rank's share of the optimizer's state, and the scheduler's."""
         if self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
+            return self._save_optimizer_and_scheduler(str(folder))
         rank, ranks = self.args.process_index, self.args.world_size
-        torch.save(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_SHARD.format(rank, ranks))
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_SHARD.format(rank, ranks))
         if self.is_world_process_zero():
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Moments and counters come from the checkpoint; rates, betas and decays stay as the settings have them now."""
@@ -171,10 +176,10 @@ def latest_checkpoint(output_dir: str | Path, say: Callable[[str], object] | Non
     return None
 
 
-def remove_old_checkpoints(output_dir: str | Path, keep: int | None, spared: str | None = None) -> None:
+def remove_old_checkpoints(output_dir: str | Path, keep: int | None, spared: Path | None = None) -> None:
     """Delete all but the `keep` checkpoints of the highest steps; None or 0 keeps all. One may be `spared`."""
     for old in sort_checkpoints(str(output_dir))[: -keep if keep else 0]:
-        if spared and Path(old) == Path(spared):
+        if spared is not None and Path(old) == spared:
             continue
         doomed = Path(output_dir) / STAGING / Path(old).name
         doomed.parent.mkdir(exist_ok=True)

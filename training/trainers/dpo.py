@@ -89,6 +89,7 @@ class NanoChatDPOTrainer(MuonTrainerMixin, WholeCheckpointsMixin, DPOTrainer):
         args.max_length = args.max_length or context
         if args.max_length > context:
             raise ValueError(f"max_length={args.max_length}, expected at most the model's context length, {context}")
+        args.remove_unused_columns = False  # the answers' masks are columns that TRL does not know
         self.left_out: dict[str, int] = {}
         train = self.render("train", train_dataset, args.max_length, processing_class)
         held_out = [] if eval_dataset is None else self.render("eval", eval_dataset, args.max_length, processing_class)
@@ -133,10 +134,6 @@ class NanoChatDPOTrainer(MuonTrainerMixin, WholeCheckpointsMixin, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         """Pairs are rendered already."""
         return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = sorted({*self._signature_columns, *(f"{answer}_mask" for answer in ANSWERS)})
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.args.lora_rank and self.optimizer is None:

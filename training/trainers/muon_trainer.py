@@ -3,8 +3,7 @@ dtype, MuonAdamW with its group schedule, no clipping, and no DDP.
 
 The optimizer reduces its own gradients (ZeRO-2), so the model stays unwrapped and rank 0's weights are broadcast once;
 under FSDP2 it takes the sharded parameters as they come. Gradient norms are not computed: they cost a pass over all
-gradients and nothing needs them. The price is that these are the Trainer's private hooks, which hold for the pinned
-version.
+gradients and nothing needs them. Which private hooks that takes, `__init__.py` of this folder lists.
 """
 
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import TrainerCallback
 
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.training.architectures import is_nanochat, run_activations_in
@@ -28,6 +28,14 @@ from modeling_nanochat.training.trainers.stopping import (
     refuse_loss_that_is_no_number,
     refuse_weights_that_are_no_numbers,
 )
+
+
+class BeforeFirstStep(TrainerCallback):
+    def __init__(self, trainer: "MuonTrainerMixin"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.before_first_step()
 
 
 class MuonTrainerMixin:
@@ -53,6 +61,7 @@ class MuonTrainerMixin:
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
+        self.add_callback(BeforeFirstStep(self))
         show_progress_line(self)
 
     def train(self, *args, **kwargs):
@@ -79,9 +88,9 @@ class MuonTrainerMixin:
         refuse_loss_that_is_no_number(self, logs)
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    def save_checkpoint(self) -> None:
         refuse_weights_that_are_no_numbers(self)
-        super()._save_checkpoint(*args, **kwargs)
+        super().save_checkpoint()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -96,14 +105,13 @@ class MuonTrainerMixin:
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def before_first_step(self) -> None:
+        """Once model and optimizer are prepared, and loaded if a run goes on."""
         if self.is_fsdp_enabled and is_nanochat(self.model.config):  # for evaluation, which goes past `forward`
             register_fsdp_forward_method(self.model, "token_losses")
         elif self.args.world_size > 1 and not self.is_fsdp_enabled:  # DDP would have done this
             for parameter in self.model.parameters():
                 dist.broadcast(parameter.data, src=0)
-        return prepared
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
         """None: nothing needs the norm."""

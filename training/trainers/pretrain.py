@@ -4,8 +4,8 @@ The Trainer keeps what it is good at (devices, accumulation, logging, trackers, 
 scheduler; the wrapping of the model (the optimizer reduces its own gradients, so there is no DDP); gradient norms and
 clipping (none: they cost a pass over all gradients, and the recipe does not clip); the counts in the log (FLOPs by
 formula, utilisation, tokens per second); evaluation (functions that the recipe hands in); and checkpoints, which here
-are whole or absent, sharded like the optimizer, and hold the position in the data. The price is that the hooks used are
-the Trainer's private ones: they hold for the pinned version.
+are whole or absent, sharded like the optimizer, and hold the position in the data. Some of the hooks used are private
+ones of the Trainer, as `__init__.py` of this folder says.
 """
 
 import math
@@ -302,9 +302,9 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
         with exact_sums(bool(self.args.torch_compile) and self.args.device.type == "cpu"):
             return super().train(resume_from_checkpoint or None, **kwargs)
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    def save_checkpoint(self) -> None:
         with self._time_aside("save"):
-            super()._save_checkpoint(*args, **kwargs)
+            super().save_checkpoint()
 
     def save_position(self, folder: Path) -> None:
         self.rows.save(folder)

@@ -93,15 +93,16 @@ class PublishingMixin:
         sections = [training, facts, model_card.how_to_use(folder, repository, chat=bool(self.processing_class))]
         return model_card.card_text(name or repository, sections, model_card.card_data(**fields))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, folder: Path) -> None:
+        """Start to upload a checkpoint, if `hub_strategy` wants those on the way."""
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
         if self.is_pushing() and not self.args.hub_always_push:
-            print(f"[hub] {checkpoint_folder} is not pushed: the push before it is still going on", flush=True)
+            print(f"[hub] {folder} is not pushed: the push before it is still going on", flush=True)
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        step, folder = self.state.global_step, Path(checkpoint_folder)
+        step = self.state.global_step
         subfolders = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: folder.name}
         job = hf_api().run_as_future(
             hub.upload,
@@ -114,7 +115,7 @@ class PublishingMixin:
             revision=self.args.hub_revision,
         )
         job.add_done_callback(say_failure)
-        self.being_pushed = checkpoint_folder
+        self.being_pushed = folder
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if self.is_pushing() else ()), job])
 
     def is_pushing(self) -> bool:

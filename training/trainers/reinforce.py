@@ -162,7 +162,7 @@ class Samples:
         return [0 in sampled for sampled in self.sampled]
 
 
-class ReinforceTrainer(WholeCheckpointsMixin, MuonTrainerMixin, GRPOTrainer):
+class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
     """Reinforces completions that are rewarded.
 
     Args:

@@ -172,6 +172,7 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         args.max_length = args.pad_to_multiple_of = args.max_length or context
         if args.max_length > context:
             raise ValueError(f"max_length={args.max_length}, expected at most the model's context length, {context}")
+        args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows come packed
         self.packed: dict[str, PackedConversations] = {}
         self.evaluations = evaluations
         train_rows = self.pack("train", train_dataset, args, processing_class)
@@ -228,10 +229,6 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         dataset, self.packed[name] = rows_for_all_ranks(file, write, args.process_index == 0)
         return dataset
 
-    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
-        """Rows are packed already."""
-        return dataset
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return WholeBatches(
             len(self.train_dataset), self.batch_rows, self.args.seed, lambda: int(self.state.epoch or 0)
@@ -239,14 +236,15 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
 
     # ---------------------------------------------------------------- a step, and its loss
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """The targets of the step on all devices. Rows have some; a step that has none anyway must change nothing."""
-        count = super()._get_num_items_in_batch(batch_samples, device)
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of a step, and its targets on all devices. Rows have some; a step that has none anyway must
+        change nothing."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self.step_has_targets = bool(count)
         self.steps_without_tokens += not self.step_has_targets
         if self.last_logged_step is None:  # a run that is resumed begins later than 0
             self.last_logged_step = self.state.global_step
-        return count
+        return batches, count
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.step_has_targets:
@@ -314,11 +312,10 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
             self.optimizer = MuonAdamW(lora_param_groups(model or self.model, self.args))
         return super().create_optimizer(model)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.warm_start and resume_from_checkpoint is None:
+    def before_first_step(self) -> None:
+        super().before_first_step()
+        if self.args.warm_start and self.state.global_step == 0:
             self.take_moments(Path(self.args.warm_start))
-        return prepared
 
     def take_moments(self, checkpoint: Path) -> None:
         """The optimizer's state of pretraining, without its rates."""
