@@ -7,6 +7,10 @@ windows, and what its attention gives has to agree with SDPA. The model itself i
 sharded, compiled, or on another device, and a fresh one adds nothing of its attention to the stream. The choice comes
 back as a sentence to print. It costs about a second on a GPU, ten where flex attention is compiled; where there is only
 one candidate, as on a CPU, it costs nothing.
+
+Only this project's networks are asked. A network of another class keeps what Transformers gives it, mostly SDPA, which
+on a GPU is FlashAttention where there are no windows, as in the stock architectures that pretraining makes; and what a
+trial has to know of the layers, it knows of these.
 """
 
 import copy
