@@ -26,7 +26,9 @@ run() {
 }
 
 make install
-.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' ||
+# The pinned Transformers wants a newer `kernels` than PyPI had when it was pinned; pip finds an older pair in range.
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[gpu]' 2> /dev/null ||
+    .venv/bin/pip install --quiet --editable '.[gpu]' ||
     echo "no kernels from the Hub (FlashAttention) here; training says what it takes instead" >&2
 .venv/bin/nanochat plan --depth "$DEPTH" --gpus "$GPUS" --era "$ERA"
 .venv/bin/nanochat prepare_data --config $CONFIGS/data.yaml --output_dir "$OUT/data"
