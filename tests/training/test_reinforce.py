@@ -368,15 +368,35 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def with_replacements(folder: Path, **overrides) -> tuple[dict[str, torch.Tensor], list[tuple], list[float]]:
+    """Weights, what this rank drew last (answer of the problem, text), and the share replaced in each round's log."""
+    rewards = {"rare": lambda text, problem: float(len(text) % 5 == 0)}  # so that many questions are answered alike
+    trainer = make_trainer(folder, rewards, max_steps=3, init_lr_frac=0.3, dynamic_sampling=2, **overrides)
+    trainer.train()
+    drawn = [(problem["answer"], text) for problem, text in zip(trainer.drawn.problems, trainer.drawn.texts)]
+    replaced = [line["questions_replaced"] for line in trainer.state.log_history if "questions_replaced" in line]
+    return {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}, drawn, replaced
+
+
 def train_and_save(folder: Path) -> None:
     weights = final_weights(folder / "ranks", per_device_train_batch_size=4)
-    if torch.distributed.get_rank() == 0:
+    replacing, *told = with_replacements(folder / "replacing", per_device_train_batch_size=4)
+    rank = torch.distributed.get_rank()
+    (folder / f"told_{rank}.json").write_text(json.dumps(told))
+    if rank == 0:
         save_file(weights, folder / "weights.safetensors")
+        save_file(replacing, folder / "replacing.safetensors")
 
 
 def test_two_ranks_draw_the_same_samples_and_end_with_the_same_weights(tmp_path):
+    """Also where questions are replaced, which is decided on each rank and drawn from what all of them know."""
     run_two_ranks(train_and_save, tmp_path)
     assert_same_weights(load_file(tmp_path / "weights.safetensors"), final_weights(tmp_path / "alone"))
+    weights, drawn, replaced = with_replacements(tmp_path / "alone")
+    assert_same_weights(load_file(tmp_path / "replacing.safetensors"), weights)
+    told = [json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [tuple(sample) for samples, _ in told for sample in samples] == drawn
+    assert told[0][1] == told[1][1] == pytest.approx(replaced) and 0 < sum(replaced) < len(replaced)
 
 
 def test_evaluation_counts_passes_alike_for_any_batch_and_learning_raises_them(tmp_path):
