@@ -68,6 +68,7 @@ PANELS = {
             "Held-out problems", "chance to be right", {"eval_pass@1": "pass@1", "eval_pass@8": "pass@8"}, share=True
         ),
         Panel("Length of answers", "tokens", {"completions/mean_length": "mean"}),
+        Panel("Entropy", "nats per sampled token", {"entropy": "entropy"}),  # near 0, nothing is left to find out
     ),
 }
 

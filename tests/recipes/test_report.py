@@ -28,7 +28,8 @@ def run(tmp_path):
     """A finished run, as its stages would have recorded it."""
     losses = [{"step": step, "loss": 5 - step / 50, "tokens_per_second": 1000.0 + step} for step in range(1, 101)]
     bits = [{"step": step, "validation_bits_per_byte": 2.5 - step / 100} for step in (50, 100)]
-    rewards = [{"step": step, "reward": 0.3 + step / 200, "completions/mean_length": 20.0} for step in range(1, 61)]
+    same = {"completions/mean_length": 20.0, "entropy": 0.4}
+    rewards = [{"step": step, "reward": 0.3 + step / 200, **same} for step in range(1, 61)]
     passes = [{"step": 60, "eval_pass@1": Interval(0.6, 0.5, 0.7), "eval_pass@8": 0.9}]
     answer = "Add: <|python_start|>12 + 30<|python_end|><|output_start|>42<|output_end|>\n#### 42<|assistant_end|>"
     stages = {
