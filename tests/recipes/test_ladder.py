@@ -1,0 +1,94 @@
+"""The ladder: its curve and multipliers on made-up runs whose law is known, and a tiny one climbed in two calls."""
+
+import math
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from modeling_nanochat import NanoChatGPTConfig
+from modeling_nanochat.recipes import ladder
+from modeling_nanochat.recipes.ladder import Curve, LadderArguments, Rung, bytes_of_a_token, multipliers
+from modeling_nanochat.recipes.stages.record import read_stage
+from tests.recipes.test_pretrain_recipe import folder, settings  # noqa: F401 (a fixture)
+
+
+def rungs(shift: float = 1.0, spread: float = 0.0) -> list[Rung]:
+    """Runs on the law 0.7 + 40 * (shift * flops) ** -0.2, in the middle of what their seeds come to."""
+    made = []
+    for depth, flops in enumerate((1e10, 1e11, 1e12, 1e13, 1e14), start=2):
+        for seed, factor in enumerate((1 / (1 + spread), 1.0, 1 + spread)):
+            made.append(Rung(depth, seed, flops, 1, 1, 0.7 + 40 * (factor * shift * flops) ** -0.2, 1.0))
+    return made
+
+
+def test_curve_gives_back_the_law_that_the_runs_lie_on():
+    curve = Curve.through([each.flops for each in rungs()], [each.bits_per_byte for each in rungs()])
+    assert (curve.floor, curve.exponent) == (pytest.approx(0.7, abs=2e-3), pytest.approx(0.2, abs=2e-3))
+    assert curve.flops(curve.loss(3e12)) == pytest.approx(3e12)
+    assert curve.flops(curve.floor) == math.inf
+    with pytest.raises(ValueError, match="through 1 size"):
+        Curve.through([1e10, 1e10], [2.0, 2.1])
+
+
+def test_multiplier_is_the_compute_that_a_change_saves():
+    found = multipliers(rungs(shift=1.25, spread=0.1), rungs())
+    for mean, error in found.values():
+        assert mean == pytest.approx(1.25, rel=0.02)
+        assert error == pytest.approx(math.exp(math.log(1.1) / math.sqrt(3)), rel=0.02)
+    assert all(mean == pytest.approx(1, rel=0.02) for mean, _ in multipliers(rungs(), rungs()).values())
+
+
+def test_bytes_of_a_token_are_those_of_the_tensors_that_are_read():
+    config = NanoChatGPTConfig.from_depth(2, vocab_size=64, head_dim=32, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config)
+    tables = [*model.model.value_embeddings.values(), model.model.embed_tokens]
+    looked_up = sum(table.weight.numel() for table in tables)
+    weights = sum(each.numel() for each in model.parameters()) - looked_up * 63 // 64
+    cache = 2 * config.num_key_value_heads * 32 * (16 + 16)  # both layers see 16 positions, within their windows
+    assert bytes_of_a_token(config, 16) == 4 * (weights + cache)
+
+
+def climb(monkeypatch, groups, **changes) -> None:
+    monkeypatch.setattr(ladder, "parse", lambda *_, **__: (LadderArguments(**changes), *vars(groups).values()))
+    ladder.main()
+
+
+def test_ladder_goes_on_after_its_budget_and_a_second_one_has_its_flops(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    tiny = {"save_strategy": "no", "sample_prompts": [], "validate_every": 0}
+    groups = settings(folder, tmp_path / "seed", max_steps=3, **tiny)
+    climb(monkeypatch, groups, depths=[2, 1], seeds=[0, 1], max_hours=1e-9)
+    printed = capsys.readouterr().out
+    assert "0 of 4 runs are done" in printed and read_stage(tmp_path / "seed") is None
+    climb(monkeypatch, groups, depths=[2, 1], seeds=[0, 1])
+    results = read_stage(tmp_path / "seed")["results"]
+    assert [(each["depth"], each["seed"]) for each in results["rungs"]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert results["rungs"][0]["bits_per_byte"] != results["rungs"][1]["bits_per_byte"]  # other seeds, other weights
+    assert (tmp_path / "seed" / "ladder.png").stat().st_size > 1000
+
+    groups = settings(folder, tmp_path / "head", max_steps=-1, era="head", **tiny)
+    climb(monkeypatch, groups, depths=[1, 2], seeds=[0], reference=str(tmp_path / "seed"))
+    own = read_stage(tmp_path / "head")["results"]["rungs"]
+    for rung, reference in zip(own, results["rungs"][::2]):
+        assert rung["flops"] == pytest.approx(reference["flops"], rel=0.2)  # in whole steps
+    assert set(read_stage(tmp_path / "head")["results"]["multipliers"]) == {"1", "2"}
+    capsys.readouterr()
+    climb(monkeypatch, groups, depths=[1, 2], seeds=[0], reference=str(tmp_path / "seed"))
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"depths": []}, "depths is \\[\\], expected different"),
+        ({"seeds": [1, 1]}, "seeds is \\[1, 1\\]"),
+        ({"max_hours": 0}, "max_hours is 0"),
+    ],
+)
+def test_what_is_no_ladder_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        LadderArguments(**wrong)
+
+
+def test_reference_must_be_a_finished_ladder(tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a finished ladder"):
+        ladder.reference_rungs(str(tmp_path), [2])
