@@ -4,10 +4,11 @@ import matplotlib.pyplot as plt
 from drawing import BLUE, GREEN, GREY, RED, YELLOW, save
 
 from modeling_nanochat.recipes.plan import PlanArguments, plan_of
+from modeling_nanochat.recipes.stages import prices
 
 DEPTHS = (4, 8, 12, 16, 20, 24, 28, 32)
 FLOPS_PER_SECOND = 8 * 989.5e12 * 0.4  # eight H100 by their data sheet, two fifths of it reached
-DOLLARS_PER_HOUR = 8 * 2.99  # as recipes.plan has it: for orientation, early 2026
+DOLLARS_PER_HOUR = 8 * prices.DOLLARS_PER_HOUR["H100"]
 
 
 def main() -> None:
