@@ -5,8 +5,8 @@ from typing import Any
 from modeling_nanochat.training.devices import device_key
 
 # Rent of each of `devices.DEVICES` on demand. What clouds ask for the same GPU differs by four times, so these are for
-# orientation only. The first five: https://www.runpod.io/pricing, Secure Cloud, as copied by others on the day named. The
-# others are from memory, of the beginning of 2026; nobody's copy of a price list could be found.
+# orientation only. The first five: https://www.runpod.io/pricing, Secure Cloud, as copied by others on the day named.
+# The others are from memory, of the beginning of 2026: no copy of a price list was found that has them.
 DOLLARS_PER_HOUR = {
     "B200": 6.79,  # 2026-10-07
     "H200": 4.59,  # 2026-10-07
