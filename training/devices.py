@@ -80,7 +80,7 @@ DEVICES = {
 }
 
 # Share of `peak_flops_per_second` that training is expected to reach, for the announced time. Upstream's d24 took 3.04
-# hours on eight H100 (2026-02-01), 0.42 of the data sheet by this count; two CPU cores gave 0.65 of a float32 product.
+# hours on eight H100 (2026-01-29), 0.50 of the data sheet by this count; two CPU cores gave 0.65 of a float32 product.
 EXPECTED_UTILISATION = {"cuda": 0.4, "cpu": 0.6}
 
 
