@@ -52,7 +52,7 @@ def main() -> None:
         for gradient in gradients[:half]:
             buffer.lerp_(gradient, 1 - momentum)
             remembered[momentum].append(likeness(buffer, held_out))
-    print("single batch:", sum(single) / half, "buffers at the end:", {m: v[-1] for m, v in remembered.items()})
+    print("single batch:", sum(single) / half, "averages at the end:", {m: v[-1] for m, v in remembered.items()})
 
     figure, (valley, measured) = plt.subplots(1, 2, figsize=(10, 3.3))
     x, y = torch.meshgrid(torch.linspace(-4.6, 1.4, 80), torch.linspace(-1.3, 1.3, 60), indexing="xy")
@@ -70,7 +70,7 @@ def main() -> None:
     steps = range(1, half + 1)
     measured.plot(steps, single, "o", color=GREY, markersize=4, label="a single batch")
     for (momentum, values), color in zip(remembered.items(), (RED, BLUE)):
-        measured.plot(steps, values, color=color, linewidth=2, label=f"buffer, momentum {momentum}")
+        measured.plot(steps, values, color=color, linewidth=2, label=f"average, momentum {momentum}")
     measured.set(xlabel="batches seen", ylabel=f"likeness to the mean of {half} others", ylim=(0, 1))
     measured.set_title("Gradients of one matrix of a toy")
     measured.legend(fontsize=8)

@@ -39,7 +39,7 @@ def main() -> None:
     picture.imshow(colors % 7, aspect="auto", cmap=palette, interpolation="nearest")
     for row, column in zip(*np.nonzero(begins)):
         picture.plot([column, column], [row - 0.5, row + 0.5], color="#333333", linewidth=0.8)
-    picture.set(xlabel=f"{LENGTH + 1} tokens of a row", ylabel="rows", yticks=[])
+    picture.set(xlabel=f"{LENGTH + 1:,} tokens of a row", ylabel="rows", yticks=[])
     picture.grid(False)
     picture.set_title("Best-fit rows: a color for each document")
     sizes = (128, 256, 512, 1024, 2048)

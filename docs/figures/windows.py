@@ -46,7 +46,7 @@ def main() -> None:
     panels[2].set_xticks(range(len(words)), words, rotation=90, size=7)
     panels[2].set_yticks(range(len(words)), words, size=7)
     panels[2].grid(False)
-    panels[2].set_title(f"Head {head} of layer {layer}")
+    panels[2].set_title(f"A head of the demo, layer {layer + 1} of {len(attentions)}")
     save(figure, "windows")
 
 
