@@ -155,7 +155,8 @@ def pretrain(settings: RunSettings) -> None:
         processing_class=tokenizer,
     )
     if arguments.max_minutes is not None and checkpoint is None:
-        trainer.add_callback(TimeBudget(trainer, stage.started + 60 * arguments.max_minutes))
+        deadline = stage.started + 60 * arguments.max_minutes
+        trainer.add_callback(TimeBudget(trainer, deadline, settled.most_steps))
     announce(stage, trainer, settled)
     overlap = find_near_duplicates(documents) if is_main_process() else None
     stage.say(str(overlap))
@@ -185,6 +186,7 @@ class Settled:
     rows: int  # of a micro-batch on each device
     accumulation_steps: int
     seconds: float | None  # that the run was found to take, if it was tried
+    most_steps: int  # the horizon, which a budget of minutes may cut
 
     def apply(self, config: PretrainConfig) -> None:
         """Write it into the Trainer's settings. Once: what is written there is what the run does."""
@@ -230,7 +232,8 @@ def settle(settings: RunSettings, network: PreTrainedConfig, source: RowSource, 
         possible = max(1, int(budget * SHARE_FOR_TRAINING / pace))
         seconds = budget if possible < steps else steps * pace / SHARE_FOR_TRAINING
         steps = min(steps, possible)
-    return Settled(make_plan(batch_tokens=plan.batch_tokens, max_steps=steps), rows, accumulation, seconds)
+    settled = make_plan(batch_tokens=plan.batch_tokens, max_steps=steps)
+    return Settled(settled, rows, accumulation, seconds, most_steps=plan.steps)
 
 
 def seconds_per_micro_batch(network: PreTrainedConfig, config: PretrainConfig, rows: RowLoader) -> float:

@@ -137,7 +137,7 @@ def test_a_budget_is_kept_within_a_tenth_whatever_the_pace(monkeypatch, pace):
     monkeypatch.setattr("modeling_nanochat.training.trainers.time_budget.time.time", lambda: clock[0])
     state, args = SimpleNamespace(global_step=0, max_steps=540), SimpleNamespace(max_steps=540)
     trainer = SimpleNamespace(seconds_of_the_end=10.0, lr_scheduler=SimpleNamespace())
-    budget = TimeBudget(trainer, deadline=600.0)
+    budget = TimeBudget(trainer, deadline=600.0, most_steps=10**6)
     while state.global_step < state.max_steps:
         budget.on_step_begin(args, state, None)
         clock[0] += pace(state.global_step) + (60 if state.global_step == 0 else 0)  # the first step compiles
@@ -146,6 +146,11 @@ def test_a_budget_is_kept_within_a_tenth_whatever_the_pace(monkeypatch, pace):
         clock[0] += 10 if state.global_step % 50 == 0 else 0
     assert clock[0] + 10 == pytest.approx(600, rel=0.1)
     assert trainer.lr_scheduler.num_training_steps == args.max_steps == state.max_steps
+
+
+def test_a_budget_longer_than_the_horizon_does_not_lengthen_it(folder, tmp_path):
+    pretrain(settings(folder, tmp_path, max_steps=6, max_minutes=60.0))
+    assert read_stage(tmp_path)["results"]["steps"] == 6
 
 
 def test_indivisible_batch_is_explained(folder, tmp_path):
