@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CompileConfig
 from trl import TrlParser
 
-from benchmarks.plain_nanochat import PlainNanoChat, rms, rotate
+from benchmarks.plain_nanochat import PlainNanoChat, rms, rotate, same_weights
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, modeling_nanochat_gpt
 
 HEAD_DIM = 64
@@ -88,24 +88,6 @@ class PlainDecoder:
             ids = logits.argmax(-1, keepdim=True)
             tokens.append(ids)
         return torch.cat(tokens, dim=1)
-
-
-def same_weights(plain: PlainNanoChat, config: NanoChatGPTConfig) -> NanoChatGPTForCausalLM:
-    """Our network with the weights of the plain one."""
-    model = NanoChatGPTForCausalLM(config).eval()
-    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-    names |= {"gate": "self_attn.value_gate", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-    state = {"model.embed_tokens.weight": plain.embed.weight, "lm_head.weight": plain.head.weight}
-    state["model.residual_scalars.resid_lambdas"] = plain.resid_lambdas
-    state["model.residual_scalars.x0_lambdas"] = plain.x0_lambdas
-    for name, tensor in plain.state_dict().items():
-        if name.startswith("blocks."):
-            _, index, part, _ = name.split(".")
-            state[f"model.layers.{index}.{names[part]}.weight"] = tensor
-        elif name.startswith("value_embeddings."):
-            state[f"model.{name}"] = tensor
-    model.load_state_dict(state)
-    return model
 
 
 @torch.inference_mode()

@@ -1,29 +1,36 @@
-"""Forward and backward of one training step: ours against the plain PyTorch network, eager and compiled.
+"""One whole training step, optimizer included: ours against upstream's network as a plain PyTorch module.
 
-    python -m benchmarks.training_step [--depth 4 --sequence_length 512 --rows 8 --vocab_size 8192 --rounds 5]
+    python -m benchmarks.training_step [--depth 4 --sequence_length 512 --rows 8 --window_pattern L --rounds 5]
 
-All variants see the same tokens and weights of the same distribution, in turn within each round, so that a machine
-whose speed drifts slows them alike; the median of each and its ratio to `plain, float32, eager` (upstream's default on
-a CPU) are what counts. `of limit` is the rate in FLOP/s over that of a large matrix product in the same dtype.
-`exact` takes the sums of looked-up rows in order, so that compiled runs repeat to the bit. bfloat16 variants run only
-where the processor multiplies it natively: emulated, they would take minutes and tell nothing.
+Upstream runs in three settings: float32 and eager (the seed era's default on a CPU), float32 and compiled (head's
+default), and bfloat16 and compiled (head's best, where the processor multiplies bfloat16 itself; emulated, a step would
+take minutes). Ours is head's network, eager and compiled, in the dtype that `auto` chooses. All variants see the same
+tokens, in turn within each round, so that a machine whose speed drifts slows them alike; the median of each and its
+ratio to the first count. `of limit` is the rate in FLOP/s over that of a large matrix product in the same dtype, which
+is measured in each round too. Compiled steps of ours take the sums of looked-up rows in order, as `PretrainTrainer`
+does, so that runs repeat to the bit; `any order` is what that costs.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from trl import TrlParser
 
+from benchmarks.optimizer_step import PlainOptimizer
 from benchmarks.plain_nanochat import PlainNanoChat
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.training import devices, scaling
+from modeling_nanochat.training.optimizer.groups import build_param_groups
+from modeling_nanochat.training.optimizer.muon_adamw import ADAMW_DEFAULTS, MUON_DEFAULTS, MuonAdamW
 from modeling_nanochat.training.trainers.pretrain import exact_sums
 
 HEAD_DIM = 64
 SEED = 0
+AUTO = devices.choose_dtype("auto", "cpu")
 
 
 @dataclass
@@ -34,90 +41,122 @@ class StepArguments:
     sequence_length: int = field(default=512, metadata={"help": "Tokens of a row."})
     rows: int = field(default=8, metadata={"help": "Rows of a batch."})
     vocab_size: int = field(default=8192, metadata={"help": "Tokens of the vocabulary."})
+    window_pattern: str = field(default="SSSL", metadata={"help": "Short (S) and long (L) layers, tiled."})
     rounds: int = field(default=5, metadata={"help": "Times each variant is measured, after one warm-up."})
-    compile: bool = field(default=True, metadata={"help": "Measure the compiled variants too."})
 
 
 def main() -> None:
     (arguments,) = TrlParser((StepArguments,)).parse_args_and_config()
-    config = NanoChatGPTConfig.from_depth(
-        arguments.depth,
-        vocab_size=arguments.vocab_size,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=arguments.sequence_length,
-    )
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1), generator=generator)
-    steps = variants(config, ids, arguments.compile)
+    configs = {era: network(arguments, era) for era in ("seed", "head")}
+    steps = variants(configs, ids, arguments.window_pattern)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    limits: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for round_number in range(arguments.rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if round_number:  # the first warms up (and compiles)
                 seconds[name].append(time.perf_counter() - start)
-    show(seconds, config, ids[:, 1:].numel(), arguments)
+            else:
+                print(f"{name}: the first step took {time.perf_counter() - start:.1f} s", flush=True)
+        for dtype, rates in limits.items():
+            if dtype in str(AUTO) or dtype == "float32":
+                rates.append(devices.matmul_flops_per_second("cpu", getattr(torch, dtype)))
+    show(seconds, limits, configs, arguments)
 
 
-def variants(config: NanoChatGPTConfig, ids: torch.Tensor, compiled: bool) -> dict[str, Callable[[], None]]:
-    """Named functions that do one forward and backward pass each."""
-    dtypes = [torch.float32] + [torch.bfloat16] * devices.native_bfloat16(torch.device("cpu"))
-    steps = {}
-    for dtype in dtypes:
-        for is_compiled in (False, True) if compiled else (False,):
-            mode = f"{str(dtype).removeprefix('torch.')}, {'compiled' if is_compiled else 'eager'}"
-            steps[f"plain, {mode}"] = plain_step(config, ids, dtype, is_compiled)
-            steps[f"ours, {mode}"] = our_step(config, ids, dtype, is_compiled)
-        if compiled:  # as PretrainTrainer runs it on a CPU
-            steps[f"ours, {mode}, exact"] = our_step(config, ids, dtype, True, exact=True)
+def network(arguments: StepArguments, era: str) -> NanoChatGPTConfig:
+    return NanoChatGPTConfig.from_depth(
+        arguments.depth,
+        vocab_size=arguments.vocab_size,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=arguments.sequence_length,
+        era=era,
+        window_pattern=arguments.window_pattern,
+    )
+
+
+def variants(configs: dict[str, NanoChatGPTConfig], ids: torch.Tensor, pattern: str) -> dict[str, Callable[[], None]]:
+    """Named functions that do one step each."""
+    plain, ours = partial(plain_step, ids=ids, pattern=pattern), partial(our_step, configs["head"], ids)
+    auto = str(AUTO).removeprefix("torch.")
+    steps = {
+        "upstream seed, float32, eager": plain(configs["seed"], "seed", torch.float32, compiled=False),
+        "upstream head, float32, compiled": plain(configs["head"], "head", torch.float32, compiled=True),
+    }
+    if devices.native_bfloat16("cpu"):
+        steps["upstream head, bfloat16, compiled"] = plain(configs["head"], "head", AUTO, compiled=True)
+    steps[f"ours, {auto}, eager"] = ours(compiled=False)
+    steps[f"ours, {auto}, compiled"] = ours(compiled=True)
+    steps[f"ours, {auto}, compiled, any order"] = ours(compiled=True, exact=False)
     return steps
 
 
-def plain_step(config: NanoChatGPTConfig, ids: torch.Tensor, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+def plain_step(
+    config: NanoChatGPTConfig, era: str, dtype: torch.dtype, *, compiled: bool, ids: torch.Tensor, pattern: str
+) -> Callable[[], None]:
+    """Upstream's optimizer is compiled in both eras, as here."""
     torch.manual_seed(SEED)
     shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
-    model = PlainNanoChat(*shape, config.max_position_embeddings, dtype)
-    forward = torch.compile(model) if compiled else model
+    model = PlainNanoChat(*shape, config.max_position_embeddings, dtype, era, pattern)
+    matrices = list(model.blocks.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    groups = [
+        ADAMW_DEFAULTS | {"use_muon": False, "params": others, "lr": 1e-3},
+        MUON_DEFAULTS | {"use_muon": True, "params": matrices, "lr": 0.02},
+    ]
+    optimizer = PlainOptimizer(groups, compiled=True)
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step() -> None:
         forward(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
         model.zero_grad()
 
     return step
 
 
-def our_step(
-    config: NanoChatGPTConfig, ids: torch.Tensor, dtype: torch.dtype, compiled: bool, exact: bool = False
-) -> Callable[[], None]:
+def our_step(config: NanoChatGPTConfig, ids: torch.Tensor, *, compiled: bool, exact: bool = True) -> Callable[[], None]:
     torch.manual_seed(SEED)
     model = NanoChatGPTForCausalLM(config).train()
-    model.set_activation_dtype(dtype)
+    model.set_activation_dtype(AUTO)
+    groups = build_param_groups(model, era="head", batch_tokens=ids[:, 1:].numel(), weight_decay=0.0)
+    optimizer = MuonAdamW(groups)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
-        with exact_sums(exact):
+        with exact_sums(compiled and exact):
             forward(input_ids=ids[:, :-1], labels=ids[:, 1:], shift_labels=ids[:, 1:]).loss.backward()
+            optimizer.step()
         model.zero_grad()
 
     return step
 
 
-def show(seconds: dict[str, list[float]], config: NanoChatGPTConfig, tokens: int, arguments: StepArguments) -> None:
-    flops = scaling.flops_per_token(config, arguments.sequence_length) * tokens
-    limits = {
-        name: devices.matmul_flops_per_second(torch.device("cpu"), getattr(torch, name))
-        for name in {name.split(", ")[1] for name in seconds}
-    }
-    baseline = statistics.median(seconds["plain, float32, eager"])
-    print(f"depth {arguments.depth}, {config.hidden_size} wide, {tokens} tokens, {torch.get_num_threads()} threads")
-    print(f"{'forward + backward':28} {'median s':>9} {'tokens/s':>9} {'GFLOP/s':>8} {'of limit':>8} {'speed-up':>8}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rate = flops / median
-        share = rate / limits[name.split(", ")[1]]
-        print(
-            f"{name:28} {median:9.3f} {tokens / median:9.0f} {rate / 1e9:8.1f} {share:8.0%} {baseline / median:7.2f}x"
-        )
+def show(
+    seconds: dict[str, list[float]],
+    limits: dict[str, list[float]],
+    configs: dict[str, NanoChatGPTConfig],
+    arguments: StepArguments,
+) -> None:
+    tokens = arguments.rows * arguments.sequence_length
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
+    print(
+        f"depth {arguments.depth}, {configs['head'].hidden_size} wide, {arguments.rows} rows of "
+        f"{arguments.sequence_length}, pattern {arguments.window_pattern}, {torch.get_num_threads()} threads"
+    )
+    for dtype, rates in limits.items():
+        if rates:
+            print(f"a large {dtype} product: {statistics.median(rates) / 1e9:.0f} GFLOP/s ({len(rates)} times in turn)")
+    print(f"{'step':36} {'median s':>9} {'tokens/s':>9} {'GFLOP/s':>8} {'of limit':>8} {'speed-up':>8}")
+    for name, median in medians.items():
+        config = configs["seed" if "seed" in name else "head"]
+        rate = scaling.flops_per_token(config, arguments.sequence_length) * tokens / median
+        share = rate / statistics.median(limits[name.split(", ")[1]])
+        print(f"{name:36} {median:9.3f} {tokens / median:9.0f} {rate / 1e9:8.1f} {share:8.0%} {first / median:7.2f}x")
 
 
 if __name__ == "__main__":
