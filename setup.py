@@ -23,6 +23,7 @@ TOKENIZER = ["rustbpe>=0.1", "tiktoken>=0.11"]
 TRAIN = [*TOKENIZER, "accelerate>=1.10.1", "datasets>=4.7", "pyarrow>=21", "trl>=1.16,<1.17", "pyyaml>=6"]
 EVAL = ["datasets>=4.7", "evaluate>=0.4.6", "lm-eval>=0.4.9", "pyyaml>=6"]
 CHAT = ["fastapi>=0.128", "uvicorn>=0.40", "pydantic>=2.12", "openai>=2", "rich>=14"]
+EXPORT = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.24", "gguf>=0.18"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "parameterized>=0.9", "ruff>=0.17", "peft>=0.18"]
 
 setup(
@@ -52,6 +53,7 @@ setup(
         "demo": [*TRAIN, *EVAL, "matplotlib>=3.10", "markdown-it-py>=3", "reasoning-gym==0.1.25"],
         "gpu": ["transformers[kernels]"],  # FlashAttention, compiled, from the Hub
         "chat": CHAT,
-        "dev": [*TEST, *CHAT],
+        "export": EXPORT,
+        "dev": [*TEST, *CHAT, *EXPORT],
     },
 )

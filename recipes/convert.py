@@ -4,11 +4,14 @@
     nanochat convert --from_native nanochat-d32-hf --output d32-hf
     nanochat convert --to_upstream d20-hf --output base_checkpoints/d20-again
     nanochat convert --to_native out/launch/sft --output for-mlx
+    nanochat convert --to_onnx out/demo/rl --output demo-onnx
+    nanochat convert --to_gguf out/qwen3/sft --output qwen3-gguf
 
-Upstream is karpathy/nanochat, native is Transformers' own `nanochat` class (launch era only). The era of an upstream
-checkpoint is recognised from its tensors and printed; a softcap of 20 (2026-03-02 to 09) leaves no trace there and has
-to be told: `--override final_logit_softcapping=20`. Every weight keeps its bits and its dtype. Weights only: optimizer
-state is not converted.
+Upstream is karpathy/nanochat, native is Transformers' own `nanochat` class (launch era only); ONNX and GGUF are for
+other runtimes (`conversion/onnx_graph.py`, `conversion/gguf_file.py`). The era of an upstream checkpoint is recognised
+from its tensors and printed; a softcap of 20 (2026-03-02 to 09) leaves no trace there and has to be told: `--override
+final_logit_softcapping=20`. Every weight keeps its bits and its dtype (ONNX: float32). Weights only: optimizer state is
+not converted.
 
 The output appears whole or not at all, which costs the disk space of an unfinished folder while it is written. What
 the network does not need but the way back does (the meta file, the rows that pad the vocabulary) lies in `upstream/`.
@@ -30,7 +33,10 @@ from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenize
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM, token_bytes
 from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.recipes.command_line import parse, run
+from modeling_nanochat.recipes.conversion.gguf_file import to_gguf
 from modeling_nanochat.recipes.conversion.native_config import config_from_native, native_config
+from modeling_nanochat.recipes.conversion.onnx_graph import to_onnx
+from modeling_nanochat.recipes.conversion.saved_folder import check_vocabulary, describe, model_type, read_safetensors
 from modeling_nanochat.recipes.conversion.upstream_tensors import (
     NATIVE_NAMES,
     UPSTREAM_NAMES,
@@ -56,13 +62,14 @@ from modeling_nanochat.training import model_card
 from modeling_nanochat.training.tokenizer import tokenizer_from_ranks
 from modeling_nanochat.training.whole_files import whole_folder
 
+DIRECTIONS = ("from_upstream", "from_native", "to_upstream", "to_native", "to_onnx", "to_gguf")
 ORIGIN = "upstream"  # folder, inside a converted one, of what only the way back needs
 PADDING = "padding.safetensors"
 
 
 @dataclass
 class ConvertArguments:
-    """What to convert. Exactly one of from_upstream, from_native, to_upstream and to_native names what is read."""
+    """What to convert. Exactly one of --from_... and --to_... names what is read."""
 
     output: str = field(metadata={"help": "Folder to write; must not exist yet."})
     from_upstream: str | None = field(
@@ -77,6 +84,14 @@ class ConvertArguments:
     to_native: str | None = field(
         default=None,
         metadata={"help": "Folder of ours with a launch-era network, to be written for Transformers' own class."},
+    )
+    to_onnx: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a model trained here, to be written as an ONNX graph and a program that answers."},
+    )
+    to_gguf: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a stock architecture trained here, to be written for llama.cpp and Ollama."},
     )
     step: int | None = field(
         default=None,
@@ -181,7 +196,7 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path | None:
 
 def from_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
     """Converts a folder of Transformers' `nanochat` class: the launch era with its own epsilon in every norm."""
-    check_model_type(folder, NanoChatConfig.model_type)
+    model_type(folder, [NanoChatConfig.model_type])
     config = config_from_native(folder, overrides)
     weights = tensors_to_ours(read_safetensors(folder), config, NATIVE_NAMES)
     print(f"{folder}: launch era, {describe(config, weights)}")
@@ -202,7 +217,7 @@ def to_native(folder: Path, output: Path, overrides: dict[str, Any]) -> None:
     Raises:
         ValueError: the native class cannot express the network.
     """
-    check_model_type(folder, NanoChatGPTConfig.model_type)
+    model_type(folder, [NanoChatGPTConfig.model_type])
     config = NanoChatGPTConfig.from_pretrained(folder, **overrides)
     native = native_config(config)
     weights = tensors_to_ours(read_safetensors(folder), config)
@@ -230,7 +245,7 @@ def to_upstream(folder: Path, output: Path, step: int | None, overrides: dict[st
     Raises:
         ValueError: no code of upstream runs this network exactly, or its tokenizer is not of upstream's form.
     """
-    check_model_type(folder, NanoChatGPTConfig.model_type)
+    model_type(folder, [NanoChatGPTConfig.model_type])
     config = NanoChatGPTConfig.from_pretrained(folder, **overrides)
     era = upstream_era(config)
     weights = tensors_to_ours(read_safetensors(folder), config)
@@ -301,41 +316,6 @@ def write_folder(
     model_card.write_card(folder, model_card.card_text(f"nanochat, {config.num_hidden_layers} layers", sections))
 
 
-def read_safetensors(folder: Path) -> Tensors:
-    """Every tensor of a folder saved by Transformers, in one file or in shards."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    if missing := [name for name in shards if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {missing}; expected the weights as safetensors")
-    return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-
-
-def check_model_type(folder: Path, expected: str) -> None:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no config.json; expected a folder saved by Transformers")
-    found = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if found != expected:
-        raise ValueError(f"{file}: model_type is {found!r}, expected {expected!r}")
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: NanoChatGPTConfig) -> None:
-    if len(tokenizer) != config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, expected the network's {config.vocab_size}")
-
-
-def describe(config: NanoChatGPTConfig, weights: Tensors) -> str:
-    """What a checkpoint holds, in one line."""
-    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}))
-    return (
-        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary {config.vocab_size:,}, "
-        f"{sum(tensor.numel() for tensor in weights.values()):,} parameters in {dtypes}"
-    )
-
-
 # ---------------------------------------------------------------- command
 
 
@@ -358,16 +338,17 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     (arguments,) = parse(ConvertArguments)
-    sources = {name: getattr(arguments, name) for name in ("from_upstream", "from_native", "to_upstream", "to_native")}
-    given = {name: folder for name, folder in sources.items() if folder is not None}
+    given = {name: getattr(arguments, name) for name in DIRECTIONS if getattr(arguments, name) is not None}
     if len(given) != 1:
-        raise ValueError(f"{given or 'no folder to read'} given, expected exactly one of --{', --'.join(sources)}")
+        raise ValueError(f"{given or 'no folder to read'} given, expected exactly one of --{', --'.join(DIRECTIONS)}")
     ((direction, source),) = given.items()
     folder, output, overrides = Path(source), Path(arguments.output), parse_overrides(arguments.override)
     if not folder.is_dir():
         raise ValueError(f"--{direction} {folder} is no folder")
     if output.exists():
         raise ValueError(f"--output {output} exists already, expected a new folder")
+    if overrides and direction in ("to_onnx", "to_gguf"):
+        raise ValueError(f"--override would do nothing with --{direction}, which takes the network as it is")
     if direction == "from_upstream":
         tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
         from_upstream(folder, output, arguments.step, tokenizer, overrides)
@@ -375,8 +356,12 @@ def main() -> None:
         from_native(folder, output, overrides)
     elif direction == "to_native":
         to_native(folder, output, overrides)
-    else:
+    elif direction == "to_upstream":
         to_upstream(folder, output, arguments.step, overrides)
+    elif direction == "to_onnx":
+        to_onnx(folder, output)
+    else:
+        to_gguf(folder, output)
     print(f"written to {output}")
 
 
