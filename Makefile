@@ -10,7 +10,7 @@ CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chat web test test-versions browser-test hf-tests lint bench figures docs docs-test clean fault-test
+.PHONY: help install demo chat web test test-versions browser-test hf-tests gpu-check lint bench figures docs docs-test clean fault-test
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ browser-test: .venv/.installed ## the chat page in a headless Chromium (skipped 
 
 hf-tests: .venv/.installed ## Transformers' own common tests of a model, run against ours
 	$(BIN)/python -m tests.hf.run
+
+gpu-check: .venv/.installed ## what is promised of one GPU, tried on the one here: five minutes, a table and a file to send in
+	$(BIN)/python -m tests.gpu.run
 
 # uv finds the lowest versions, which pip cannot; pip installs, so that its configuration (indexes, links) holds.
 test-versions: .venv/.installed ## the quick tests on the lowest and on the newest versions that setup.py admits

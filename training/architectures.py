@@ -7,12 +7,16 @@ is 8/3 as wide so that a block weighs the same. The price of a stock network is 
 embeddings, residual weights or windows, and a loss that makes all logits at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NANOCHAT = "nanochat_gpt"  # the model type of this project's own networks
+WHOLE_ROWS = "nanochat_whole_rows"  # the name for `attn_implementation`
 MLP_MULTIPLE = 64  # the MLP's width is a multiple of it, for the kernels' sake
 # Fields of the configuration beyond the shape, by model type; None stands for the width of a head.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -78,3 +82,24 @@ def run_activations_in(model: torch.nn.Module, dtype: torch.dtype, device: torch
         model.set_activation_dtype(dtype)
     elif dtype != torch.float32:
         model.forward = torch.autocast(device.type, dtype)(model.forward)
+
+
+@contextmanager
+def whole_rows(model: PreTrainedModel) -> Iterator[None]:
+    """In here a stock network of the table takes every row as one text without padding: causal SDPA without a mask.
+
+    Left to itself it looks at its own positions for packed texts: eagerly that asks the device at every step, and
+    compiled, where nothing can be asked, it makes a mask of (B, 1, T, T), with which SDPA has no flash kernel. Other
+    networks, and those with windows, are left to themselves.
+    """
+    config = model.config
+    before = config._attn_implementation
+    if before == "sdpa" and config.model_type in ARCHITECTURES and not getattr(config, "sliding_window", None):
+        config._attn_implementation = WHOLE_ROWS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)  # and no mask function: then none is made

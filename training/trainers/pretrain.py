@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import devices, scaling
-from modeling_nanochat.training.architectures import is_nanochat
+from modeling_nanochat.training.architectures import is_nanochat, whole_rows
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.optimizer.eras import optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
@@ -234,11 +234,13 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
         )
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """A stock network counts targets only beside labels, and would keep a cache."""
-        if not self.has_own_loss:
-            targets = inputs["shift_labels"].contiguous()
-            inputs = {"input_ids": inputs["input_ids"], "labels": targets, "shift_labels": targets, "use_cache": False}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        """A stock network counts targets only beside labels, and would keep a cache and look for packed texts."""
+        if self.has_own_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        targets = inputs["shift_labels"].contiguous()
+        inputs = {"input_ids": inputs["input_ids"], "labels": targets, "shift_labels": targets, "use_cache": False}
+        with whole_rows(self.model):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---------------------------------------------------------------- log and evaluation
 

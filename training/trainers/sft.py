@@ -32,6 +32,7 @@ from modeling_nanochat.chunked_cross_entropy import IGNORE_INDEX
 from modeling_nanochat.inference import eval_mode, token_losses
 from modeling_nanochat.tokenization_nanochat_gpt import token_bytes
 from modeling_nanochat.training import scaling
+from modeling_nanochat.training.architectures import whole_rows
 from modeling_nanochat.training.data.conversations import PackedConversations, rows_for_all_ranks, write_rows
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import sft_schedules
@@ -268,7 +269,8 @@ class NanoChatSFTTrainer(MuonTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         Rows are full and padding comes last, so no attention mask is needed.
         """
         inputs = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "use_cache": False}
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        with whole_rows(self.model):
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
     def evaluation_loop(
