@@ -7,13 +7,15 @@ Answers appear while they are made; a use of the calculator is shown as `[12 + 3
 conversation as fits its context beside an answer: the oldest exchanges are left out first, and an answer may be shorter
 than `max_new_tokens` where little room is left. What you type is always plain text: `<|assistant_start|>` typed by hand
 reaches the model as those characters, never as the token. Answers come from the server's engine (`serving/engine.py`).
+What is typed at a terminal is kept for the arrow keys of the next session (`kept_history`).
 """
 
 import json
+import os
 import queue
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.tokenization_nanochat_gpt import message_text, render_conversation, render_prompt
 from modeling_nanochat.training.whole_files import write_json
 
-with suppress(ImportError):  # where there is none, `input` reads lines without editing and history
-    import readline  # noqa: F401
+try:
+    import readline
+except ImportError:  # then `input` reads lines without editing and history
+    readline = None
 
 HELP = """/retry             ask the last question again, for another answer
 /reset             forget the conversation and begin a new one
@@ -42,6 +46,7 @@ HELP = """/retry             ask the last question again, for another answer
 /help              show this list
 /quit              leave (so does Ctrl-D, and Ctrl-C twice); Ctrl-C stops an answer
 A message that begins with a slash is sent with a space before it."""
+HISTORY_LINES = 1000  # typed lines that are kept for the arrow keys of the next session
 ROOM_SHARE = 4  # of the context, one part in so many is kept for an answer, if a whole answer does not fit
 
 
@@ -81,13 +86,35 @@ def main() -> None:
             write("\n")
             return
         print(f"{arguments.model}. /help lists the commands.")
-        for line in typed_lines():
-            try:
-                obey(chat, line)
-            except (ValueError, OSError) as error:
-                print(f"({one_line(error)})")
-            except KeyboardInterrupt:
-                print("(stopped)")
+        with kept_history():
+            for line in typed_lines():
+                try:
+                    obey(chat, line)
+                except (ValueError, OSError) as error:
+                    print(f"({one_line(error)})")
+                except KeyboardInterrupt:
+                    print("(stopped)")
+
+
+@contextmanager
+def kept_history() -> Iterator[None]:
+    """The arrow keys reach what was typed in earlier sessions at a terminal: in a file of `$XDG_STATE_HOME/nanochat`
+    that nobody else reads. Where that cannot be written, there is no history, and no word of it."""
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    file = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nanochat" / "chat_history"
+    with suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
+            file.chmod(0o600)
 
 
 def typed_lines() -> Iterator[str]:

@@ -11,8 +11,10 @@ bits per byte, samples and CORE appear on the way. The output folder holds the m
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -248,7 +250,8 @@ def seconds_per_micro_batch(network: PreTrainedConfig, config: PretrainConfig, r
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = PretrainTrainer(make_model(network, trial), trial, rows)
+    with redirect_stdout(StringIO()):  # which attention was chosen is said when the run begins
+        trainer = PretrainTrainer(make_model(network, trial), trial, rows)
     trainer.train()
     rates = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
     seconds = [trainer.batch_tokens / statistics.median(rates[1:])]

@@ -33,7 +33,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(NO_GPU.format(torch.__version__))
         for check in CHECKS:
-            print(f"  {name_of(check):22} {purpose_of(check)}")
+            print(f"  {name_of(check):25} {purpose_of(check)}")
         return 2
     machine = Machine(torch.device("cuda", 0), folder=arguments.output.parent / "gpu_check")
     about = machine_facts(machine.device)
@@ -65,7 +65,7 @@ def run_check(check, machine: Machine) -> Found:
 
 
 def line_of(result: dict) -> str:
-    return f"{result['check']:22} {'ok    ' if result['ok'] else 'FAILED'} {result['seconds']:6.1f} s  {result['said']}"
+    return f"{result['check']:25} {'ok    ' if result['ok'] else 'FAILED'} {result['seconds']:6.1f} s  {result['said']}"
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:

@@ -88,6 +88,8 @@ def main() -> None:
         raise SystemExit(
             f"{CHECKOUT}={checkout} has no {GENERATION}; expected the folder `tests` of Transformers {VERSION}"
         )
+    if not checkout:
+        print(f"{CHECKOUT} names no folder `tests` of a checkout: the tests of generation are skipped", flush=True)
     lay_out(fetch())
     tests = str(Path(__file__).with_name("common_tests.py"))
     paths = os.pathsep.join([str(ROOT), str(CACHE), os.environ.get("PYTHONPATH", "")])

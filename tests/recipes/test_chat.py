@@ -212,14 +212,17 @@ def test_a_dialogue_through_a_pipe(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_real_terminal(folder):
-    """Line editing, history, and Ctrl-C at the prompt, in a pseudo-terminal."""
+def test_a_real_terminal(folder, tmp_path):
+    """Line editing, history also of an earlier session, and Ctrl-C at the prompt, in a pseudo-terminal."""
+    history = tmp_path / "nanochat" / "chat_history"
+    history.parent.mkdir()
+    history.write_text("/before\n")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "modeling_nanochat.recipes.chat", "--model", str(folder), "--temperature", "0"],
         cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        env=os.environ | {"TERM": "xterm"},
+        env=os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)},
     )  # fmt: skip
     os.close(theirs)
     seen = ""
@@ -243,23 +246,28 @@ def test_a_real_terminal(folder):
 
     try:
         until("You: ")
+        send("\x1b[A\n")  # the last line of the session before
+        until("there is no command /before")
+        until("You: ", 2)
         send("Helxo\x1b[D\x1b[D\x1b[3~l\n")  # twice left, delete the x, and the l that was missing
         until(f"Assistant: {HELLO_ANSWER}")
-        until("You: ", 2)
+        until("You: ", 3)
         send("\x1b[A\n")  # the line before, again
         until("Assistant: ", 2)
-        until("You: ", 3)
+        until("You: ", 4)
         interrupt("first")
         until("(Ctrl-C again leaves")
-        until("You: ", 4)
+        until("You: ", 5)
         send("/nonsense\n")
         until("there is no command /nonsense")
-        until("You: ", 5)
+        until("You: ", 6)
         interrupt("second")
         until("(Ctrl-C again leaves", 2)
-        until("You: ", 6)
+        until("You: ", 7)
         interrupt("third")
         assert process.wait(timeout=60) == 0
+        assert history.stat().st_mode & 0o777 == 0o600
+        assert history.read_text().splitlines()[:3] == ["/before", "Hello", "/nonsense"]
     finally:
         process.kill()
         os.close(ours)

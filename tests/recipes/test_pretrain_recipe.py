@@ -122,11 +122,12 @@ def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monke
     assert read_stage(tmp_path)["arguments"]["matrix_lr"] == 0.5
 
 
-def test_minutes_bound_the_run_and_are_what_is_announced(folder, tmp_path):
+def test_minutes_bound_the_run_and_are_what_is_announced(folder, tmp_path, capsys):
     run = settings(folder, tmp_path, max_steps=10**6, max_minutes=0.1, save_strategy="no", validate_every=50)
     pretrain(run)
     record = read_stage(tmp_path)
     assert record["announced"]["seconds"] == pytest.approx(6)
+    assert capsys.readouterr().out.count("Attention: ") == 1  # the trial before the run says nothing
     assert 1 <= record["results"]["steps"] < 10**4  # how well the minutes are kept is tested below, on a made-up clock
 
 
