@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import TrainerCallback
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
@@ -19,9 +19,12 @@ from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint, remove_old_checkpoints
 from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
 from modeling_nanochat.training.whole_files import replace_files
+from tests.hub_stand_in import TOKEN, USER, hub_stand_in
 from tests.ranks import PROCESSES, free_port, join_ranks
 
 STEPS, SAVE_EVERY, LENGTH, VOCABULARY = 9, 3, 16, 64
+WRAPPED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["NanoChatGPTDecoderLayer"]}
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **WRAPPED}}
 
 
 class RandomWalk:
@@ -95,6 +98,8 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
     if rank == 0:
         replace_files(folder, whole.save_pretrained)
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
+    if config.push_to_hub:
+        trainer.push_to_hub()
 
 
 def run(folder: Path, death: tuple = (), ranks: int = 1, **settings) -> list[int]:
@@ -184,15 +189,7 @@ def test_fsdp2_equals_unsharded_and_resumes(two_ranks, tmp_path, dtype, loss_tol
     if dtype != "float32":
         unsharded = tmp_path / "unsharded"
         assert run(unsharded, ranks=2, activation_dtype=dtype) == [0, 0]
-    wrapped = {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["NanoChatGPTDecoderLayer"],
-    }
-    settings = {
-        "activation_dtype": dtype,
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **wrapped},
-    }
+    settings = {"activation_dtype": dtype, **FSDP}
     sharded = tmp_path / "sharded"
     assert -signal.SIGKILL in run(sharded, ("step", 5, 1), ranks=2, **settings)
     assert run(sharded, ranks=2, **settings) == [0, 0]
@@ -202,6 +199,26 @@ def test_fsdp2_equals_unsharded_and_resumes(two_ranks, tmp_path, dtype, loss_tol
         assert (tensor - expected[name]).norm() <= weight_tolerance * expected[name].norm(), name
     for folder in (sharded, sharded / "checkpoint-9"):  # the network's own code lies beside its weights
         assert (folder / "modeling_nanochat_gpt.py").exists() and not (folder / "_fsdp_api.py").exists()
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_push_one_whole_model(tmp_path, monkeypatch):
+    """With each checkpoint and at the end, in one commit each (none where nothing is new), and what was saved."""
+    with hub_stand_in() as hub:
+        client = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        for name, value in client.items():
+            monkeypatch.setenv(name, value)
+        pushed = {"push_to_hub": True, "hub_model_id": f"{USER}/sharded", "hub_strategy": "every_save"}
+        assert run(tmp_path / "run", ranks=2, **FSDP, **pushed) == [0, 0]
+        assert hub.unknown == []
+    *_, before, last = hub.repositories[f"{USER}/sharded"].commits
+    assert before.title.startswith("Training in progress, step ")
+    assert last.title in (f"Training in progress, step {STEPS}", "End of training")
+    assert "modeling_nanochat_gpt.py" in last.files and "modeling_nanochat_gpt.py" in before.files
+    expected = load_file(tmp_path / "run" / "model.safetensors")
+    weights = load(last.files["model.safetensors"])
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_published_files_replace_whole_ones(tmp_path):
