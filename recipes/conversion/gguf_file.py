@@ -37,7 +37,7 @@ def to_gguf(folder: Path, output: Path) -> None:
     Raises:
         ValueError: llama.cpp does not know the architecture, the tokenizer is of another form, or gguf is missing.
     """
-    architecture = model_type(folder, list(ARCHITECTURES))
+    architecture = model_type(folder, list(ARCHITECTURES), "; llama.cpp runs these (pretrain --architecture)")
     config = AutoConfig.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     check_vocabulary(tokenizer, config)
@@ -46,6 +46,7 @@ def to_gguf(folder: Path, output: Path) -> None:
         write_gguf(partial / FILE, LLAMA_CPP_NAMES[architecture], config, weights, tokenizer, folder.name)
     print(f"{folder}: {architecture}, {describe(config, weights)}")
     print(f"the pre-split is llama.cpp's {PRE_SPLIT}: numbers of three or more digits become other tokens there")
+    print(f"try it: llama-cli --model {output / FILE}")
 
 
 def write_gguf(

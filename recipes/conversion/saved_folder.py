@@ -10,15 +10,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from modeling_nanochat.recipes.conversion.upstream_tensors import Tensors
 
 
-def model_type(folder: Path, expected: Sequence[str]) -> str:
-    """The `model_type` of its config.json; `ValueError` if it is none of those expected."""
+def model_type(folder: Path, expected: Sequence[str], hint: str = "") -> str:
+    """The `model_type` of its config.json; `ValueError`, with the hint, if it is none of those expected."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; expected a folder saved by Transformers")
     found = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if found not in expected:
         wanted = repr(expected[0]) if len(expected) == 1 else f"one of {', '.join(expected)}"
-        raise ValueError(f"{file}: model_type is {found!r}, expected {wanted}")
+        raise ValueError(f"{file}: model_type is {found!r}, expected {wanted}{hint}")
     return found
 
 

@@ -136,6 +136,18 @@ def test_gguf_holds_the_network(architecture, tmp_path, monkeypatch):
         assert torch.equal(found.view_as(weights[f"{ours}.weight"]), weights[f"{ours}.weight"])
 
 
+def test_gguf_keeps_bfloat16(tmp_path, monkeypatch):
+    """Of matrices; llama.cpp wants vectors in float32."""
+    gguf = pytest.importorskip("gguf")
+    model = stock_model("mistral").to(torch.bfloat16)
+    run(monkeypatch, "--to_gguf", save(model, tmp_path / "ours"), "--output", tmp_path / "out")
+    kinds = {len(each.shape): each.tensor_type for each in gguf.GGUFReader(tmp_path / "out" / gguf_file.FILE).tensors}
+    assert kinds == {2: gguf.GGMLQuantizationType.BF16, 1: gguf.GGMLQuantizationType.F32}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=gguf_file.FILE, dtype=torch.bfloat16)
+    for mine, theirs in zip(model.state_dict().values(), read.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_gguf_holds_the_tokenizer(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     run(monkeypatch, "--to_gguf", save(stock_model("llama"), tmp_path / "ours"), "--output", tmp_path / "out")
