@@ -10,7 +10,7 @@ CORES := $(shell nproc)
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chat web test test-versions browser-test hf-tests gpu-check lint bench figures docs docs-test clean fault-test
+.PHONY: help install demo chat web test test-versions test-lowest test-newest browser-test hf-tests gpu-check lint bench figures docs docs-test clean fault-test
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,18 +55,27 @@ hf-tests: .venv/.installed ## Transformers' own common tests of a model, run aga
 gpu-check: .venv/.installed ## what is promised of one GPU, tried on the one here: five minutes, a table and a file to send in
 	$(BIN)/python -m tests.gpu.run
 
+test-versions: ## the quick tests on the lowest and on the newest versions that setup.py admits
+	@echo 'Two throw-away environments, .versions/lowest and .versions/newest, each set up and tested: about 20 minutes on'
+	@echo 'two cores, and 10 GB of disk where the newest PyTorch comes with CUDA. One of them: make test-lowest, make test-newest.'
+	$(MAKE) --no-print-directory --keep-going test-lowest test-newest
+
+test-lowest test-newest: test-%: .versions/%.txt
+	@echo 'Setting up .versions/$*: some minutes.'
+	$(BIN)/python -m venv --clear .versions/$*
+	.versions/$*/bin/pip install --quiet --disable-pip-version-check --constraint $< --editable '.[demo,dev]'
+	.versions/$*/bin/pip list --disable-pip-version-check --format freeze > .versions/$*.installed.txt
+	HF_HUB_OFFLINE=1 .versions/$*/bin/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
 # uv finds the lowest versions, which pip cannot; pip installs, so that its configuration (indexes, links) holds.
-test-versions: .venv/.installed ## the quick tests on the lowest and on the newest versions that setup.py admits
+.versions/lowest.txt: .venv/.installed setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .versions/uv 'uv>=0.9'
 	.versions/uv/bin/uv --quiet pip compile --python $(BIN)/python --resolution lowest-direct --extra demo --extra dev \
-		setup.py --output-file .versions/lowest.txt
-	touch .versions/newest.txt
-	for end in lowest newest; do \
-		$(BIN)/python -m venv --clear .versions/$$end && \
-		.versions/$$end/bin/pip install --quiet --disable-pip-version-check \
-			--constraint .versions/$$end.txt --editable '.[demo,dev]' && \
-		HF_HUB_OFFLINE=1 .versions/$$end/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' || exit 1; \
-	done
+		setup.py --output-file $@
+
+.versions/newest.txt: .venv/.installed
+	mkdir -p .versions
+	touch $@  # nothing is held back
 
 fault-test: .venv/.installed ## every stage killed, stopped, damaged and disturbed; minutes
 	$(BIN)/python -m tests.faults.run
