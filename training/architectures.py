@@ -1,10 +1,10 @@
 """Stock architectures of Transformers that pretraining can make from the depth dial, beside nanochat's own.
 
-What comes out is a plain checkpoint of its class: no code travels with it, and whatever runs that class (vLLM,
-llama.cpp, Ollama) runs it as it is. The dial means the same as for nanochat: `depth` blocks of depth * aspect_ratio
-channels, heads of `head_dim`, keys and values for every head, an untied head; the gated MLP, which has three matrices,
-is 8/3 as wide so that a block weighs the same. The price of a stock network is what sets nanochat's apart: no value
-embeddings, residual weights or windows, and a loss that makes all logits at once.
+What comes out is a plain checkpoint of its class: no code travels with it, and whatever runs that class runs it (vLLM;
+llama.cpp after `nanochat convert --to_gguf`). The dial means the same as for nanochat: `depth` blocks of depth *
+aspect_ratio channels, heads of `head_dim`, keys and values for every head, an untied head; the gated MLP, which has
+three matrices, is 8/3 as wide so that a block weighs the same. The price of a stock network is what sets nanochat's
+apart: no value embeddings, residual weights or windows, and a loss that makes all logits at once.
 """
 
 from collections.abc import Iterator
