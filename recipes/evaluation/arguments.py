@@ -32,7 +32,7 @@ class EvaluateArguments:
     rerun: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the activations: float32, or bfloat16: faster, and 0.6% of CORE's decisions flip."},
+        metadata={"help": "Of the activations: float32, or bfloat16: faster, and 0.6%% of CORE's decisions flip."},
     )
     text: str | None = field(
         default=None, metadata={"help": "File whose text bits per byte is measured on, instead of validation data."}

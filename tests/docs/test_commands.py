@@ -154,6 +154,12 @@ def test_commands_of_a_page(name, tmp_path, monkeypatch):
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_shows_its_help(name, monkeypatch):
+    """A bare percent sign in a help text is a traceback."""
+    check_recipe(name, ["--help"], monkeypatch)
+
+
 def test_commands_are_found():
     """The reader of pages overlooks nothing of what it is there for."""
     page = "Try `make demo` or `nanochat`.\n\n    nanochat plan \\\n        --depth 4  # small\n    [plan] done\n"
