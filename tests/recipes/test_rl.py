@@ -81,6 +81,13 @@ def test_a_reward_that_is_none_is_refused(name, message):
         rl.find_reward(name)
 
 
+@pytest.mark.parametrize("name", ["checker", "number"])
+def test_an_answer_that_was_cut_off_earns_nothing(name):
+    reward, problem = rl.find_reward(name), {"answer": "42"}
+    assert reward("#### 42<|assistant_end|>", problem) and not reward("#### 41<|assistant_end|>", problem)
+    assert not reward("#### 42\n####\n####", problem)  # right, and without an end: nothing else would pay for one
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused_by_file_and_row(folder, monkeypatch):
     file = folder / "data" / "train.jsonl"
     rows, message = file.read_text(), r"train.jsonl:85: the prompt has \d+ tokens, and the model's context room"
