@@ -85,14 +85,15 @@ def test_typed_special_tokens_stay_text(talk):
 def test_with_its_defaults_a_conversation_of_any_length_goes_on(talk):
     """The defaults ask for answers as long as this context; nothing is forgotten before it must be."""
     assert ChatArguments().max_new_tokens >= CHAT_CONTEXT
-    questions = [HELLO, SUM, HELLO, HELLO, HELLO, HELLO]
-    notes = [talk.ask(question) for question in questions]
-    assert notes[:2] == [None, None]
-    assert notes.count("the model's memory is full: it no longer sees the first 2 messages") == 1
+    notes = [talk.ask(HELLO), talk.ask(SUM)]
+    assert notes == [None, None]
+    while notes[-1] is None and len(notes) < 40:  # how long an answer is, the processor's rounding decides
+        notes.append(talk.ask(HELLO))
+    assert notes[-1].startswith("the model's memory is full: it no longer sees the first ")
     assert all(len(prompt) <= CHAT_CONTEXT * 3 / 4 for prompt in talk.prompts)
     assert len(talk.prompts[-1]) > CHAT_CONTEXT / 2
     assert "What is" not in talk.tokenizer.decode(talk.prompts[-1]) or talk.chat.forgotten < 4
-    assert len(talk.chat.messages) == 2 * len(questions)  # what is kept and saved is all of it
+    assert len(talk.chat.messages) == 2 * len(notes)  # what is kept and saved is all of it
 
 
 def test_a_message_may_take_the_room_of_the_answer_but_not_all(talk):

@@ -157,7 +157,7 @@ def test_settings_are_obeyed(server):
     assert answer.choices[0].message.content == COUNT_ANSWER.partition("07 08")[0]
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens < 20  # it ended there
-    full = client.chat.completions.create(model="toy", messages=asked(COUNT * 30), max_tokens=10_000)
+    full = client.chat.completions.create(model="toy", messages=asked("x" * (CHAT_CONTEXT - 5)), max_tokens=10_000)
     assert full.choices[0].finish_reason == "length" and full.usage.total_tokens <= CHAT_CONTEXT
 
 
