@@ -50,6 +50,14 @@ def _hide(scores: torch.Tensor, first_key: int, start: int, end: int, window: in
     scores[..., :before].masked_fill_(keys[:before] <= queries - window, float("-inf"))
 
 
+def _seen(x: torch.Tensor, first_key: int, end: int) -> torch.Tensor:
+    """The keys or values of a block, transposed. (N, T, D) -> (N, D, keys)
+
+    Copied before it is transposed: a product of a transposed slice copies it element by element, which costs as much
+    as the product."""
+    return x[:, first_key:end].contiguous().transpose(1, 2)
+
+
 def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) -> (B * H_kv, G, T, D), the query heads of a key head side by side."""
     batch, heads, length, head_dim = query.shape
@@ -79,7 +87,7 @@ def block_attention(
     used = 0
     for first_key, start, end in _blocks(length, window):
         rows = grouped[:, :, start:end].reshape(n, -1, head_dim)  # (N, G * queries, D)
-        scores = torch.bmm(rows, keys[:, first_key:end].transpose(1, 2))  # (N, G * queries, keys)
+        scores = torch.bmm(rows, _seen(keys, first_key, end))  # (N, G * queries, keys)
         _hide(scores.view(n, groups, end - start, -1), first_key, start, end, window)
         if keep:
             probabilities = kept[used : used + scores.numel()].view_as(scores)
@@ -127,7 +135,7 @@ def block_attention_backward(
         probabilities = kept[used : used + shape[0] * shape[1] * shape[2]].view(shape)
         used += probabilities.numel()
         value_grad[:, first_key:end].baddbmm_(probabilities.transpose(1, 2), row_grads)
-        score_grads = torch.bmm(row_grads, values[:, first_key:end].transpose(1, 2))
+        score_grads = torch.bmm(row_grads, _seen(values, first_key, end))
         score_grads.sub_(row_inner).mul_(probabilities)
         query_grad[:, :, start:end] = torch.bmm(score_grads, keys[:, first_key:end]).view(n, groups, -1, head_dim)
         key_grad[:, first_key:end].baddbmm_(score_grads.transpose(1, 2), rows)
@@ -171,6 +179,8 @@ def block_attention_forward(
     if not whole or (sliding_window is None and length > LONGEST_FULL_ATTENTION):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    # The operators would copy what lies otherwise, in both passes; here a compiler writes it in place.
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     output, _ = block_attention(query, key, value, scaling, min(sliding_window or length, length), keep)
     return output, None
 
