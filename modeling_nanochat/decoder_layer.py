@@ -26,10 +26,14 @@ def marked_linear(in_features: int, out_features: int, init_rule: str) -> nn.Lin
 
 
 class CastLinear(nn.Linear):
-    """What `set_activation_dtype` turns every Linear into: its weight follows the dtype of its input."""
+    """What `set_activation_dtype` turns every Linear into: its weight follows the dtype of its input. While
+    the weights stay as they are, `weights_cast_once` keeps the cast one here."""
+
+    cast_weight: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight if self.cast_weight is None else self.cast_weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 class MarkedEmbedding(nn.Embedding):

@@ -1,5 +1,5 @@
-"""What a model that only runs needs everywhere: rows of unequal length as one batch, eval mode for a while, the loss of
-every token, and how a checkpoint answers unless told otherwise."""
+"""What a model that only runs needs everywhere: rows of unequal length as one batch, eval mode for a while, weights in
+the dtype of the activations, the loss of every token, and how a checkpoint answers unless told otherwise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .decoder_layer import CastLinear
 from .tokenization_nanochat_gpt import generation_token_ids
 
 # Upstream's chat (its chat_cli.py); an answer leaves at least half of a short context to the question.
@@ -33,6 +34,31 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Matrices and tables in the dtype of the activations for good, for a model that will not be trained: its outputs
+    stay the same to the bit, as every one of them is cast when it is used. The scalars keep their float32."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.to(dtype)
+
+
+@contextmanager
+def weights_cast_once(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a network whose activations have another dtype than its weights holds its matrices in both, instead of
+    casting all of them for each token. The weights must not change inside."""
+    dtype = next((m.activation_dtype for m in model.modules() if getattr(m, "activation_dtype", None)), None)
+    linears = [m for m in model.modules() if isinstance(m, CastLinear) and type(m.weight.data) is torch.Tensor]
+    if dtype is None or torch.is_grad_enabled():
+        linears = []
+    for linear in linears:
+        linear.cast_weight = linear.weight.detach().to(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.cast_weight
 
 
 @torch.no_grad()

@@ -55,10 +55,12 @@ class RunningRows:
         return self._forward(self.tokens[:, -1:])
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        mask = positions = None  # as the model makes them by itself
+        if min(self.lengths, default=0) < self.tokens.shape[1]:
+            mask, positions = self.mask, (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self.model(
             tokens,
-            attention_mask=self.mask,
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_nanochat  # registers the network with the Auto classes
 from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.inference import cast_weights
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
@@ -35,7 +36,7 @@ def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel
     """Model in eval mode on this process's device, and tokenizer.
 
     Args:
-        dtype: of the activations: float32, bfloat16, or `auto`: bfloat16 where that is native.
+        dtype: of activations and matrices: float32, bfloat16, or `auto`: bfloat16 where that is native.
 
     Raises:
         ValueError: `model` is a local path and no checkpoint is there.
@@ -47,6 +48,7 @@ def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel
     dtype = choose_dtype(dtype, device)
     if isinstance(network, modeling_nanochat.NanoChatGPTForCausalLM):
         network.set_activation_dtype(dtype)
+        cast_weights(network, dtype)
         network = network.to(device).eval()
         say_once(choose_attention(network))
     else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from modeling_nanochat.inference import eval_mode
+from modeling_nanochat.inference import eval_mode, weights_cast_once
 from modeling_nanochat.running_rows import RunningRows, draw
 
 # Rows leave the batch when at least this share of it has finished: moving the cache costs about as much as a step.
@@ -57,7 +57,7 @@ def sample_completions(
         )
     position = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
     origin = torch.tensor([position[tuple(prompt)] for prompt in prompts], device=model.device)  # (N,)
-    with eval_mode(model):
+    with eval_mode(model), weights_cast_once(model):
         running, scores = RunningRows.read(model, list(position), pad_token_id)
         running.select(origin)
         stop_tokens = torch.tensor(sorted(stop_token_ids), device=model.device)
