@@ -4,10 +4,10 @@ Ranges here are what users may install, and `make test-versions` tests both of t
 the tests ran on. Of the lower bounds, transformers 5.20 lacks a function that the network imports; trl 1.16 itself asks
 for accelerate, datasets and pyarrow as given, transformers 5.21 for tokenizers and safetensors. lm-eval before 0.4.10
 asks transformers 5 for a class that it has no more. tiktoken 0.9 makes special tokens of ordinary text that looks like
-them when it encodes to arrays. torch 2.9 crashes under FSDP2 in the
-optimizer; 2.13 is the oldest that was tested since. Of the upper bounds, transformers 5.24 hands a model its cache as
-`cache` and no longer as `past_key_values`, with which this network generates nonsense without an error; `trl` is held
-to one minor version because the trainers override hooks that it does not promise to keep.
+them when it encodes to arrays. torch 2.9 crashes under FSDP2 in the optimizer; 2.13 is the oldest that was tested
+since. Of the upper bounds, transformers 5.24 hands a model its cache as `cache` and no longer as `past_key_values`,
+with which this network generates nonsense without an error; `trl` is held to one minor version because the trainers
+replace hooks that it does not promise to keep (`training/trainers/__init__.py` lists them).
 
 The folders `training`, `eval` and `recipes` lie beside `modeling_nanochat` but are imported from inside it
 (`modeling_nanochat.training`, ...): as names of their own they would collide with other packages and users' folders.
