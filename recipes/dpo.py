@@ -9,9 +9,11 @@ code, and the tokenizer.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_nanochat.eval.tasks.rows import read_rows
@@ -20,7 +22,7 @@ from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training import scaling
-from modeling_nanochat.training.trainers.dpo import NanoChatDPOConfig, NanoChatDPOTrainer
+from modeling_nanochat.training.trainers.dpo import NanoChatDPOConfig, NanoChatDPOTrainer, render_pair
 from modeling_nanochat.training.trainers.lora import merged
 
 FORM = '{"prompt": [...], "chosen": [...], "rejected": [...]}'
@@ -47,8 +49,9 @@ def main() -> None:
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
     checkpoint = checkpoint_to_resume(stage, config)
     model, tokenizer = load_checkpoint(arguments.model)
-    train = read_rows(files[0], as_pair, FORM)
-    validation = read_rows(files[1], as_pair, FORM) if Path(files[1]).is_file() else None
+    take = partial(as_pair, tokenizer=tokenizer)
+    train = read_rows(files[0], take, FORM)
+    validation = read_rows(files[1], take, FORM) if Path(files[1]).is_file() else None
     trainer = NanoChatDPOTrainer(model, config, train, validation, processing_class=tokenizer)
     stage.announce(
         parameters=scaling.count_parameters(model.config).total,
@@ -77,14 +80,18 @@ def main() -> None:
     publish(stage, config)
 
 
-def as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its prompt; ValueError if the answers do not follow one prompt."""
+def as_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A row with its prompt; ValueError if the answers do not follow one prompt, or cannot be rendered."""
     chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("chosen and rejected do not follow the same messages")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise ValueError("chosen and rejected must be lists of messages")
+    pair = {"prompt": row.get("prompt", chosen[:-1]), "chosen": chosen, "rejected": rejected}
+    if "prompt" not in row:
+        if chosen[:-1] != rejected[:-1]:
+            raise ValueError("chosen and rejected do not follow the same messages")
+        pair |= {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+    render_pair(pair, tokenizer)  # what is wrong with it is said with its line
+    return pair
 
 
 if __name__ == "__main__":

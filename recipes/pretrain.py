@@ -46,6 +46,7 @@ from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.ranks import gather
 from modeling_nanochat.training.trainers.pretrain import Evaluation, PretrainConfig, PretrainTrainer
 from modeling_nanochat.training.trainers.settings import check_range
+from modeling_nanochat.training.trainers.stopping import Stopped
 from modeling_nanochat.training.trainers.time_budget import TimeBudget
 
 STEPS_TIMED = 4  # of a throw-away network, to turn minutes into steps; the first is not counted
@@ -252,7 +253,11 @@ def seconds_per_micro_batch(network: PreTrainedConfig, config: PretrainConfig, r
     )
     with redirect_stdout(StringIO()):  # which attention was chosen is said when the run begins
         trainer = PretrainTrainer(make_model(network, trial), trial, rows)
-    trainer.train()
+    trainer.save_checkpoint = lambda: None  # of a signal that comes now
+    try:
+        trainer.train()
+    except Stopped as stopped:
+        raise Stopped(stopped.number, 0, config.max_steps) from None
     rates = [line["tokens_per_second"] for line in trainer.state.log_history if "tokens_per_second" in line]
     seconds = [trainer.batch_tokens / statistics.median(rates[1:])]
     return broadcast_object_list(seconds)[0]
@@ -315,17 +320,14 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
 
 
 def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
-    """Of all ranks' streams: the share of tokens that no row holds, and documents that were too long to be encoded
-    whole. All ranks call this together."""
+    """Of all ranks' streams: the share of tokens that no row holds. All ranks call this together."""
     streams: dict[int, PackingStats] = {}
     for own in gather({number: stream.stats for number, stream in trainer.rows.open_streams.items()}):
         streams |= own  # one stream may be read by several ranks
     if not streams:  # nothing was left to train on
         return {}
-    counts = {name: sum(getattr(each, name) for each in streams.values())
-              for name in ("tokens", "cropped_tokens", "cut_documents", "cut_characters")}  # fmt: skip
-    figures = {"cropped_share": counts["cropped_tokens"] / max(counts["cropped_tokens"] + counts["tokens"], 1)}
-    return figures | {name: counts[name] for name in ("cut_documents", "cut_characters") if counts[name]}
+    cropped, kept = (sum(getattr(each, name) for each in streams.values()) for name in ("cropped_tokens", "tokens"))
+    return {"cropped_share": cropped / max(cropped + kept, 1)}
 
 
 def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:

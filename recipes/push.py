@@ -20,7 +20,9 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.card import is_chat, write_model_card
 from modeling_nanochat.recipes.publishing.clean_process import answer
 from modeling_nanochat.recipes.publishing.history import history
-from modeling_nanochat.recipes.stages.record import readable_number
+from modeling_nanochat.recipes.stages.lock import take as take_lock
+from modeling_nanochat.recipes.stages.numbers import readable_number
+from modeling_nanochat.recipes.stages.record import fingerprint
 from modeling_nanochat.training import hub
 from modeling_nanochat.training.model_card import NAME as CARD
 from modeling_nanochat.training.model_card import is_own
@@ -68,10 +70,12 @@ def push(arguments: PushArguments) -> None:
         OSError: the Hub did not take it.
     """
     arguments.check()
+    fingerprint(arguments.model)  # which fails if it is not as its stage left it
     repository = arguments.repo
     if not arguments.dry_run:  # first: what cannot be pushed need not be tried
         repository = hub.create_repository(repository, arguments.private or None)
     folder = FOLDER / repository
+    take_lock(folder.parent, f".{folder.name}.lock")
     write_folder(arguments, repository, folder)
     chat = is_chat(history(arguments.model))
     print(f"asked in a process with torch and transformers only, it answers: {answer(folder, chat=chat)!r}")

@@ -22,7 +22,7 @@ from modeling_nanochat.recipes.stages.comparison import compare
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.numbers import readable_time
 from modeling_nanochat.recipes.stages.prices import RENTS, dollars_per_hour
-from modeling_nanochat.recipes.stages.record import read_stages
+from modeling_nanochat.recipes.stages.record import read_stages, unfinished_stages
 from modeling_nanochat.recipes.stages.sections import TITLES, Record, label, number, readable, section, title
 from modeling_nanochat.recipes.stages.tables import figure_text, markdown_table
 from modeling_nanochat.recipes.stages.web_page import web_page
@@ -88,6 +88,9 @@ def write_report(arguments: ReportArguments) -> Path:
     if len(set(folders)) < len(folders):
         raise ValueError(f"--run names a run twice: {', '.join(arguments.run)}")
     records = [in_order(read_stages(folder)) for folder in folders]
+    for folder in folders:
+        if left_out := unfinished_stages(folder):
+            print(f"[report] without {', '.join(left_out)} of {folder}")
     several = len(folders) > 1
     file = Path(arguments.output or (folders[0].parent / "comparison.md" if several else folders[0] / "report.md"))
     pictures = file.with_suffix("")
@@ -154,6 +157,8 @@ def summary(name: str, records: Sequence[Record], arguments: ReportArguments) ->
         lines += ["", f"Costs are time times the accelerator's rent ({RENTS}); `--price_per_hour` sets another price."]
     else:
         lines += ["", "Costs are not known: no price was given (`--price_per_hour`)."]
+    if left_out := unfinished_stages(Path(name)):
+        lines += ["", f"Not in here: {readable(', '.join(left_out))}."]
     for line in twins(records):
         lines += ["", line]
     return "\n".join(lines)

@@ -84,7 +84,8 @@ def main() -> None:
     arguments, watch, on_the_way, config = parse(SFTArguments, WatchArguments, OnTheWayArguments, NanoChatSFTConfig)
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
     groups = [arguments, watch, on_the_way, config]
-    stage = Stage("sft", config.output_dir, groups, [arguments.model, *files], arguments.rerun)
+    inputs = [arguments.model, *files, *filter(None, [config.warm_start])]
+    stage = Stage("sft", config.output_dir, groups, inputs, arguments.rerun)
     if not arguments.inspect and stage.is_done():
         if config.push_to_hub:
             publish(stage, config)

@@ -17,6 +17,7 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training.data.documents import open_documents, stream_documents
 from modeling_nanochat.training.tokenizer import MAX_CHARACTERS, MAX_DOCUMENT_CHARACTERS, BulkEncoder, train_tokenizer
+from modeling_nanochat.training.whole_files import replace_files
 
 VALIDATION_DOCUMENTS = 1000
 
@@ -59,7 +60,7 @@ def train(arguments: TokenizerArguments) -> None:
         max_document_characters=arguments.max_document_characters,
         model_max_length=arguments.model_max_length,
     )
-    tokenizer.save_pretrained(arguments.output_dir)
+    replace_files(arguments.output_dir, tokenizer.save_pretrained)
     validation = [text for text, _ in islice(stream_documents(source, "validation"), VALIDATION_DOCUMENTS)]
     stage.finish({"vocabulary": len(tokenizer), "bytes_per_token": bytes_per_token(tokenizer, validation)})
 

@@ -15,8 +15,10 @@ encoder of pretraining. The price is a second implementation to trust; the tests
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,25 +172,46 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tiktoken.Encoding:
 
 
 class BulkEncoder:
-    """Documents to int32 ids with BOS in front, as fast as one thread can; equal to `[bos, *encode_text(...)]`.
+    """Documents to int32 ids with BOS in front; equal to `[bos, *encode_text(...)]`, several times as fast.
+
+    A long document is encoded in pieces by several threads: a quarter of a second of one core for a million characters.
+    It is cut where `SPLIT_PATTERN` splits whatever stands around: before a blank after something that is none, and
+    between a line's end and what begins the next one. So the ids are those of the whole; text of other patterns, or
+    with no such place, stays whole.
 
     tiktoken's regular expression overflows its stack somewhere above half a million blanks in a row, which would end a
     run, so longer runs of blanks are encoded in pieces (the text stays the same; a token at the seam may differ).
     """
 
     LONGEST_BLANK = 100_000
+    LONGEST_PIECE = 1_000_000  # characters, and on to the next seam
+    SEAM = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.encoding = tiktoken_encoding(tokenizer)
         self.bos = tokenizer.bos_token_id
 
     def __call__(self, text: str) -> np.ndarray:
-        pieces = [text] if len(text) <= self.LONGEST_BLANK else self._bounded_pieces(text)
-        ids = [self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        pieces = [text] if len(text) <= min(self.LONGEST_BLANK, self.LONGEST_PIECE) else self._pieces(text)
+        if len(pieces) == 1:
+            ids = [self._encode(text)]
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                ids = list(threads.map(self._encode, pieces))
         return np.concatenate([[self.bos], *ids], dtype=np.int32, casting="unsafe")
 
-    def _bounded_pieces(self, text: str) -> list[str]:
-        cuts = [0]
-        for blank in re.finditer(r"\s+", text):
-            cuts += range(blank.start() + self.LONGEST_BLANK, blank.end(), self.LONGEST_BLANK)
-        return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+    def _encode(self, piece: str) -> np.ndarray:
+        return self.encoding.encode_to_numpy(piece, disallowed_special=())
+
+    def _pieces(self, text: str) -> list[str]:
+        cuts = set(self._seams(text))
+        for blank in re.finditer(rf"\s{{{self.LONGEST_BLANK},}}", text):
+            cuts |= set(range(blank.start() + self.LONGEST_BLANK, blank.end(), self.LONGEST_BLANK))
+        return [text[start:end] for start, end in itertools.pairwise([0, *sorted(cuts), len(text)])]
+
+    def _seams(self, text: str) -> Iterator[int]:
+        if self.encoding._pat_str != SPLIT_PATTERN:
+            return
+        position = 0
+        while (seam := self.SEAM.search(text, position + self.LONGEST_PIECE)) is not None:
+            yield (position := seam.start())

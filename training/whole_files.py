@@ -4,7 +4,9 @@ Everything is written under a name that no reader looks for, flushed, and rename
 moment; the price is one pass of flushing. All ranks must see the same file system.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -24,8 +26,13 @@ def write_whole_file(file: str | Path, write: Callable[[Path], object]) -> None:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.incomplete")
-    write(temporary)
-    flush(temporary)
+    try:
+        with full_disk_said(file.parent):
+            write(temporary)
+            flush(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
     os.replace(temporary, file)
     flush(file.parent, recursive=False)
 
@@ -58,29 +65,39 @@ def whole_folder(
         seal: called with the folder by the main process when all ranks have written, such as `write_checksums`.
     """
     target = Path(target)
-    staging = target.parent / STAGING
+    staging = target.parent / STAGING / target.name  # others may be written beside it
+    replaced = staging.with_name(f"{target.name}.replaced")
     if is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed process left behind
-        (staging / target.name).mkdir(parents=True)
+        remove_staging(staging, replaced)  # what a killed process left behind
+        staging.mkdir(parents=True)
     barrier()
     try:
-        with full_disk_said(staging / target.name):
-            yield staging / target.name
+        with full_disk_said(target.parent):
+            yield staging
+            barrier()
+            if is_main_process:
+                if seal is not None:
+                    seal(staging)
+                flush(staging)
     except BaseException:
         if is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_staging(staging)
         raise
-    barrier()
     if is_main_process:
-        if seal is not None:
-            seal(staging / target.name)
-        flush(staging / target.name)
         if target.exists():
-            os.rename(target, staging / "replaced")
-        os.rename(staging / target.name, target)
+            os.rename(target, replaced)
+        os.rename(staging, target)
         flush(target.parent, recursive=False)
-        shutil.rmtree(staging)
+        remove_staging(replaced)
     barrier()
+
+
+def remove_staging(*folders: Path) -> None:
+    """Delete folders in a folder for what is not whole, and that one too if nothing else is in it."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process writes there, or it is gone
+        folders[0].parent.rmdir()
 
 
 @contextmanager
@@ -88,8 +105,11 @@ def full_disk_said(folder: Path) -> Iterator[None]:
     """Libraries report a full disk each in their own words, such as a position in a file: here it is said in ours."""
     try:
         yield
+    except ValueError:  # about what is to be written
+        raise
     except Exception as error:
-        if shutil.disk_usage(folder).free < FULL_BELOW:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or shutil.disk_usage(folder).free < FULL_BELOW:
             raise OSError(
                 f"the disk is full: {folder} could not be written ({type(error).__name__}); what was whole before is "
                 "kept; expected free space, or another output_dir"
@@ -103,9 +123,13 @@ def replace_files(folder: str | Path, write: Callable[[Path], object]) -> None:
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    with full_disk_said(staging):
-        write(staging)
-        flush(staging)
+    try:
+        with full_disk_said(staging):
+            write(staging)
+            flush(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     for file in sorted(staging.rglob("*")):
         if file.is_file():
             destination = folder / file.relative_to(staging)

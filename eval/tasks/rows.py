@@ -19,7 +19,8 @@ def read_rows(file: str | Path, take: Callable[[Row], Read], expected: str) -> l
     """`take(row)` of every line of a JSON lines file; empty lines are skipped.
 
     Args:
-        take: what is wanted of a row; it raises KeyError, IndexError, TypeError or ValueError for a row it cannot use.
+        take: what is wanted of a row; for one that it cannot use it raises KeyError, IndexError, TypeError,
+            AttributeError or ValueError.
         expected: how a line has to look, for the error.
 
     Raises:
@@ -28,16 +29,16 @@ def read_rows(file: str | Path, take: Callable[[Row], Read], expected: str) -> l
     if not Path(file).is_file():
         raise ValueError(f"{file} does not exist; expected JSON lines, each {expected}")
     taken = []
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                taken.append(take(json.loads(line)))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                taken.append(take(json.loads(line.decode("utf-8"))))
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+                shown = line.decode("utf-8", errors="replace").rstrip()[:SHOWN]
                 raise ValueError(
-                    f"{file}:{number}: {reason_of(error)}; expected {expected} in one line, "
-                    f"got {line.rstrip()[:SHOWN]!r}"
+                    f"{file}:{number}: {reason_of(error)}; expected {expected} in one line, got {shown!r}"
                 ) from error
     if not taken:
         raise ValueError(f"{file} is empty; expected at least one line, {expected}")
@@ -47,4 +48,8 @@ def read_rows(file: str | Path, take: Callable[[Row], Read], expected: str) -> l
 def reason_of(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"no JSON ({error.msg} at character {error.pos})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"no UTF-8 (byte {error.object[error.start]:#04x} at {error.start})"
+    if isinstance(error, UnicodeEncodeError):
+        return "half a surrogate pair, which is no character"
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

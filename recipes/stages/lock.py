@@ -1,46 +1,58 @@
 """One process at a time in a folder: a lock that says who holds it.
 
-The lock is a file that is made only if it is not there, with the host, the process and its start. A process that is
-gone leaves it behind; on the same host that shows, and the next one takes it over. On another host it cannot be told,
-so the sentence says which file to remove. The price of a file over the system's own locks: none of those is safe on
-every network file system.
+The lock is a file with the host, the process and its start. A process that is gone leaves it behind; on the same host
+that shows, and the next one takes it over. On another host it cannot be told, so the sentence says which file to
+remove. The price of a file over the system's own locks: none of those is safe on every network file system. Where they
+work, one of them covers the moment of taking, so that two processes cannot both take a lock over.
 """
 
 import atexit
+import contextlib
+import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "stage.lock"
 
 
-def take(folder: Path) -> Path:
-    """Lock a folder for this process until it ends or `release` is called.
+def take(folder: Path, name: str = NAME) -> Path:
+    """Lock a folder (or with a `name` of its own, a part of it) for this process until it ends or `release` is called.
 
     Raises:
         ValueError: another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / NAME
+    file = folder / name
     own = {"host": socket.gethostname(), "process": os.getpid(), "started": started(os.getpid())}
-    for _ in range(2):
-        try:
+    with alone(folder):
+        holder = read(file)
+        if holder != own and alive(holder, own["host"]):
+            raise ValueError(
+                f"process {holder.get('process')} on {holder.get('host')} is at work in {folder}; expected to wait "
+                f"for its end, another output_dir, or, if it is no longer there, {file} to be removed"
+            )
+        if holder != own:
+            file.unlink(missing_ok=True)  # its process is gone
             with open(file, "x", encoding="utf-8") as opened:
                 json.dump(own, opened)
-            atexit.register(release, file)
-            return file
-        except FileExistsError:
-            holder = read(file)
-            if holder == own:
-                return file
-            if alive(holder, own["host"]):
-                raise ValueError(
-                    f"process {holder.get('process')} on {holder.get('host')} is at work in {folder}; expected to wait "
-                    f"for its end, another output_dir, or, if it is no longer there, {file} to be removed"
-                ) from None
-            file.unlink(missing_ok=True)  # its process is gone
-    raise ValueError(f"{file} appears again as soon as it is removed: another process starts in {folder} too")
+    atexit.register(release, file)
+    return file
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process of this host at a time, where the file system knows such locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def release(file: Path) -> None:

@@ -13,6 +13,7 @@ called done. Of several ranks the first one reads, and tells the others.
 
 import dataclasses
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from modeling_nanochat.recipes.stages.lock import take as take_lock
 from modeling_nanochat.recipes.stages.numbers import readable_number, readable_time
 from modeling_nanochat.recipes.stages.sentences import sentence
 from modeling_nanochat.training.ranks import on_main_process
-from modeling_nanochat.training.whole_files import checksums, damage, sampled_hash, write_json
+from modeling_nanochat.training.whole_files import CHECKSUMS, STAGING, checksums, damage, sampled_hash, write_json
 
 FILE_NAME = "stage.json"
 # Where a run writes, where it is pushed, and how it is resumed or restarted, does not change what it computes; and a
@@ -44,6 +45,8 @@ NOT_PART_OF_THE_WORK = {
 }  # fmt: skip
 # What a person may rewrite, and a later stage may add to: the model's card and what belongs to it.
 NOT_VOUCHED_FOR = ("README.md", "curves", ".eval_results")
+BEGUN = "stage.begun.json"
+OWN_FILES = (FILE_NAME, BEGUN, LOCK)
 
 
 class Stage:
@@ -63,7 +66,7 @@ class Stage:
         self.name = name
         self.output_dir = Path(output_dir)
         self.file = self.output_dir / FILE_NAME
-        self.begun = self.output_dir / "stage.begun.json"
+        self.begun = self.output_dir / BEGUN
         self.identity = {
             "name": name,
             "arguments": {key: value for part in arguments for key, value in changed_fields(part).items()},
@@ -112,6 +115,7 @@ class Stage:
             if read_json(self.begun) != self.identity:
                 write_json(self.begun, self.identity)
             self.file.unlink(missing_ok=True)
+            shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)  # what a killed process left half written
             for old in [] if self.goes_on else list(self.output_dir.glob("checkpoint-*")):
                 shutil.rmtree(old)
 
@@ -161,8 +165,20 @@ def read_stages(run: Path) -> list[dict[str, Any]]:
     files = sorted(run.glob(f"*/{FILE_NAME}"))
     records = [record | {"folder": file.parent.name} for file in files if (record := read_json(file)) is not None]
     if not records:
-        raise ValueError(f"no stage has been finished in {run}; expected at least one {run}/*/{FILE_NAME}")
+        others = f" ({', '.join(unfinished_stages(run))})" if run.is_dir() and unfinished_stages(run) else ""
+        raise ValueError(f"no stage has been finished in {run}{others}; expected at least one {run}/*/{FILE_NAME}")
     return records
+
+
+def unfinished_stages(run: Path) -> list[str]:
+    """The stages of a run that `read_stages` has no record of, each with the reason."""
+    reasons = []
+    for folder in sorted(path for path in run.iterdir() if path.is_dir()):
+        if (folder / FILE_NAME).exists():
+            reasons += [f"{folder.name} ({FILE_NAME} cannot be read)"] if read_stage(folder) is None else []
+        elif (folder / BEGUN).exists():
+            reasons.append(f"{folder.name} (begun and not finished)")
+    return reasons
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -174,14 +190,8 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def files_of_a_stage(folder: Path) -> dict[str, str]:
-    """sha256 of what a stage leaves behind: not its checkpoints, which only an unfinished run needs, nor its record,
-    nor the model's card."""
-    own = (FILE_NAME, "stage.begun.json", LOCK, *NOT_VOUCHED_FOR)
-
-    def wanted(path: Path) -> bool:
-        return path.parts[0] not in own and not path.parts[0].startswith("checkpoint-")
-
-    return checksums(folder, wanted)
+    """sha256 of what a stage leaves behind."""
+    return checksums(folder, is_vouched_for)
 
 
 def finite_or_none(value: Any) -> Any:
@@ -207,34 +217,48 @@ def changed_fields(arguments: Any) -> dict[str, Any]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """What identifies the state of an input: the files that the record of the stage that made it vouches for (a
-    folder's own record or its parent's), else names, sizes and contents of the files that are there; else, as of the
-    Hub, its name.
+    """What identifies the state of an input: what the record of the stage that made it vouches for (the record of the
+    folder itself, or of one or two above), and names, sizes and contents of all other files that are there, also of
+    those that a pattern such as `texts/*.parquet` finds; else, as of the Hub, its name.
 
     Raises:
         ValueError: a stage made the input, and it is no longer as the stage left it.
     """
     path = Path(path)
-    for folder in (path, path.parent):
-        record = read_stage(folder) if path.is_dir() else None
-        if record is not None:
-            inside = {name: digest for name, digest in record.get("files", {}).items() if is_below(folder / name, path)}
-            if found := damage(folder, inside):
-                raise ValueError(
-                    f"{folder} is not as the stage {record['name']} left it: {found}; expected what its {FILE_NAME} "
-                    "vouches for: run that stage again, or remove its record to use the folder as it is"
-                )
-            return digest_of(inside)
+    if (path / CHECKSUMS).is_file() and (found := damage(path)):
+        raise ValueError(f"{path} is damaged: {found}; expected a whole checkpoint")
+    files = {file for found in map(Path, glob.glob(str(path))) for file in files_below(found)}
+    hashes: dict[str, str] = {}
+    for folder in [each for each in (path, *path.parents[:2]) if (each / FILE_NAME).is_file()][:1]:
+        record = read_stage(folder) or {}
+        inside = {name: digest for name, digest in record.get("files", {}).items()
+                  if path in (folder / name, *(folder / name).parents)}  # fmt: skip
+        if found := damage(folder, inside):
+            raise ValueError(
+                f"{folder} is not as the stage {record['name']} left it: {found}; expected what its {FILE_NAME} "
+                "vouches for: run that stage again, or remove its record to use the folder as it is"
+            )
+        hashes |= inside
+        files -= {folder / name for name in inside}
+    top = path.parent if path.is_file() or not path.exists() else path
+    hashes |= {os.path.relpath(file, top): sampled_hash(file) for file in files}
+    return digest_of(hashes) if hashes else "by name"
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """A file, or all files below a folder that a stage could vouch for."""
     if path.is_file():
-        return digest_of({path.name: sampled_hash(path)})
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != LOCK)
-        return digest_of({file.relative_to(path).as_posix(): sampled_hash(file) for file in files})
-    return "by name"
+        yield path
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.is_file() and is_vouched_for(file.relative_to(path)):
+            yield file
 
 
-def is_below(file: Path, folder: Path) -> bool:
-    return folder in file.parents
+def is_vouched_for(name: Path) -> bool:
+    """Whether a file belongs to what a stage leaves: not checkpoints, which only an unfinished run needs, nor what is
+    half written, nor records, nor the model's card."""
+    first = name.parts[0]
+    return first not in (*OWN_FILES, STAGING, *NOT_VOUCHED_FOR) and not first.startswith("checkpoint-")
 
 
 def digest_of(hashes: dict[str, str]) -> str:

@@ -27,6 +27,7 @@ TITLES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
     "rl": "Reinforcement learning",
+    "dpo": "Preference optimization",
     "eval": "Evaluation",
 }
 SAMPLES_SHOWN = 6  # of a stage

@@ -93,6 +93,19 @@ def test_bulk_encoder_equals_the_plain_one_and_survives_a_million_blanks(tokeniz
     assert tokenizer.decode(encode(blanks)[1:]) == blanks
 
 
+def test_long_documents_are_encoded_in_pieces_to_the_ids_of_the_whole(tokenizer, monkeypatch):
+    """Any text, cut wherever the encoder may cut: blanks of all kinds, and what is a blank in Python only."""
+    encode = BulkEncoder(tokenizer)
+    letters = [*"ab'sT3!.-", *" \t\n\r\v\x1c\x85\u00a0\u2003\u200b\u3000", "é", "字", "🦊", "  ", "\r\n", "'ll"]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=rng.randint(1, 60))) for _ in range(3000)]
+    whole = [encode(text).tolist() for text in texts]
+    monkeypatch.setattr(BulkEncoder, "LONGEST_PIECE", 1)
+    assert sum(len(encode._pieces(text)) for text in texts) > 3 * len(texts)
+    for text, ids in zip(texts, whole):
+        assert encode(text).tolist() == ids, repr(text)
+
+
 def test_token_bytes_add_up_to_the_length_of_the_text(tokenizer):
     lengths = token_bytes(tokenizer)
     assert lengths[503:] == [0] * 9

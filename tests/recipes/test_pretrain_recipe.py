@@ -1,8 +1,10 @@
 """The pretraining recipe from documents to a folder that loads: done once, resumed, bounded in time."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from modeling_nanochat.recipes.stages.record import read_stage
 from modeling_nanochat.training.architectures import ARCHITECTURES
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.pretrain import PretrainTrainer
+from modeling_nanochat.training.trainers.stopping import StopOnSignal, Stopped
 from modeling_nanochat.training.trainers.time_budget import TimeBudget
 
 WORDS = ["the", "a", "of", "king", "queen", "castle", "river", "mountain", "says", "goes", "sees", "dark", "bright"]
@@ -101,6 +104,21 @@ def test_core_is_measured_on_the_way(folder, tmp_path):
     record = read_stage(tmp_path / "base")
     assert [line["step"] for line in record["log_history"] if "core_of_1_tasks" in line] == [3, 4]
     assert record["results"]["core/next"] == record["results"]["core_of_1_tasks"] == 0
+
+
+def test_a_signal_while_the_pace_is_measured_leaves_nothing(folder, tmp_path, monkeypatch):
+    """The throw-away network of the trial was saved as if it were the run, which then refused to begin."""
+    plain = StopOnSignal.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", on_step_end)
+        with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
+            pretrain(settings(folder, tmp_path, max_minutes=1.0))
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_goes_on_where_it_was_interrupted_and_only_there(folder, tmp_path, monkeypatch):

@@ -236,6 +236,16 @@ def test_a_dry_run_uploads_nothing_and_finds_a_folder_that_does_not_load(hub, to
         answer("out/push/tester/toy", chat=True)
 
 
+def test_a_model_that_is_not_as_its_stage_left_it_is_not_pushed(folder, tmp_path):  # noqa: F811
+    pretrain(settings(folder, tmp_path / "base"))
+    weights = tmp_path / "base" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not as the stage pretrain left it: model.safetensors has changed"):
+        push(PushArguments(repo="tester/base", model=str(tmp_path / "base"), dry_run=True))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"repo": "a/b/c"}, "--repo a/b/c is no name for the Hub"),
     ({"model": "nowhere"}, "--model nowhere holds no model"),

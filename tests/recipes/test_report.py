@@ -143,6 +143,14 @@ def test_sentences_say_what_came_of_a_stage(run):
     assert sentence(record("rl")) == sentence(record("data")) == ""
 
 
+def test_stages_that_are_left_out_are_named(run, capsys):
+    (run / "rl" / "stage.json").write_text((run / "rl" / "stage.json").read_text()[:100])
+    (run / "eval" / "stage.json").rename(run / "eval" / "stage.begun.json")
+    text = write_report(ReportArguments(run=[str(run)])).read_text()
+    named = "eval (begun and not finished), rl (stage.json cannot be read)"
+    assert f"Not in here: {named}." in text.replace("\\", "") and named in capsys.readouterr().out
+
+
 def test_a_run_without_stages_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no stage has been finished"):
         write_report(ReportArguments(run=[str(tmp_path)]))

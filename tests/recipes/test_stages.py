@@ -11,7 +11,8 @@ from accelerate import PartialState
 
 from modeling_nanochat.recipes.stages import lock, record
 from modeling_nanochat.recipes.stages.record import Stage, fingerprint, read_stage
-from tests.ranks import run_two_ranks
+from modeling_nanochat.training.whole_files import write_checksums
+from tests.ranks import PROCESSES, run_two_ranks
 
 
 @dataclass
@@ -84,6 +85,70 @@ def test_an_input_that_is_no_longer_as_its_stage_left_it_is_refused(tmp_path):
     (tmp_path / "made" / "model.bin").write_text("flipped")
     with pytest.raises(ValueError, match=r"made is not as the stage work left it: model.bin has changed"):
         run_stage(tmp_path / "out", inputs=[str(tmp_path / "made")])
+
+
+def test_a_file_of_a_stage_is_held_against_its_record_and_what_was_added_counts(tmp_path):
+    """As fine-tuning names its inputs: files two levels below the record; and a shard put beside those of a stage."""
+    made, train = tmp_path / "made", tmp_path / "made" / "sft" / "train.jsonl"
+    train.parent.mkdir(parents=True)
+    train.write_text("a conversation")
+    run_stage(made)
+    before, of_folder = fingerprint(train), fingerprint(made)
+    (made / "sft" / "added.jsonl").write_text("one more")
+    assert fingerprint(train) == before and fingerprint(made) != of_folder
+    (made / "README.md").write_text("a card")
+    (made / "checkpoint-3").mkdir()
+    (made / "checkpoint-3" / "model.bin").write_text("weights")
+    added = fingerprint(made)
+    (made / "checkpoint-3" / "model.bin").write_text("others")
+    (made / "README.md").write_text("another card")
+    assert fingerprint(made) == added
+    train.write_text("a conversatiom")
+    with pytest.raises(ValueError, match=r"made is not as the stage work left it: sft/train.jsonl has changed"):
+        fingerprint(train)
+
+
+def test_a_pattern_is_known_by_the_files_it_finds(tmp_path):
+    for number in range(2):
+        (tmp_path / f"text_{number}.txt").write_text(f"text {number}")
+    pattern = str(tmp_path / "*.txt")
+    before = fingerprint(pattern)
+    assert before != "by name" and fingerprint("owner/name") == "by name"
+    (tmp_path / "text_1.txt").write_text("text X")
+    assert fingerprint(pattern) != before
+
+
+def test_a_damaged_checkpoint_is_no_input(tmp_path):
+    (tmp_path / "model.bin").write_text("weights")
+    write_checksums(tmp_path)
+    assert fingerprint(tmp_path) != "by name"
+    (tmp_path / "model.bin").write_text("weightz")
+    with pytest.raises(ValueError, match=r"is damaged: model.bin has changed since it was written"):
+        fingerprint(tmp_path)
+
+
+def take_over(folder, ready, taken):
+    ready.wait()
+    try:
+        lock.take(folder)
+        taken.put(True)
+    except ValueError as error:
+        assert "is at work in" in str(error)
+        taken.put(False)
+    ready.wait()  # a holder that ends frees the lock
+
+
+def test_of_many_processes_one_takes_over_the_lock_of_a_dead_one(tmp_path):
+    dead = json.dumps({"host": lock.socket.gethostname(), "process": 1, "started": "never"})
+    for _ in range(5):
+        (tmp_path / lock.NAME).write_text(dead)
+        ready, taken = PROCESSES.Barrier(4), PROCESSES.Queue()
+        racers = [PROCESSES.Process(target=take_over, args=(tmp_path, ready, taken), daemon=True) for _ in range(4)]
+        for racer in racers:
+            racer.start()
+        assert sorted(taken.get(timeout=60) for _ in racers) == [False, False, False, True]
+        for racer in racers:
+            racer.join()
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -1,12 +1,14 @@
 """Preference learning: what is compared, the reference, and that the margin grows."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from modeling_nanochat import render_conversation
-from modeling_nanochat.recipes.dpo import as_pair
+from modeling_nanochat.eval.tasks.rows import read_rows
+from modeling_nanochat.recipes.dpo import FORM, as_pair
 from modeling_nanochat.training.trainers.dpo import NanoChatDPOConfig, NanoChatDPOTrainer
 from tests.toys import narrow_model
 from tests.training.test_sft import LENGTH, make_tokenizer
@@ -71,9 +73,25 @@ def test_pairs_that_do_not_fit_are_left_out_and_counted(tmp_path):
 
 
 def test_both_forms_of_a_pair_are_read():
-    pair = pairs(1)[0]
+    pair, take = pairs(1)[0], partial(as_pair, tokenizer=make_tokenizer())
     whole = {name: pair["prompt"] + pair[name] for name in ("chosen", "rejected")}
-    assert as_pair(whole) == as_pair(pair) == pair
-    assert as_pair(json.loads(json.dumps(pair))) == pair
+    assert take(whole) == take(pair) == pair
+    assert take(json.loads(json.dumps(pair))) == pair
     with pytest.raises(ValueError, match="do not follow the same"):
-        as_pair({"chosen": whole["chosen"], "rejected": whole["rejected"][1:]})
+        take({"chosen": whole["chosen"], "rejected": whole["rejected"][1:]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "Hi", "chosen": "yes", "rejected": "no"}', "must be lists of messages"),
+        (b'{"chosen": [], "rejected": []}', "at least one user message"),
+        ('{"chosen": "caf\u00e9"}'.encode("latin-1"), r"no UTF-8 \(byte 0xe9 at 15\)"),
+        (json.dumps({**pairs(1)[0], "rejected": [{"role": "assistant", "content": "\ud800"}]}).encode(), "surrogate"),
+        (b'{"prompt": [{"role": "user"', "no JSON"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_named_by_file_and_line(tmp_path, line, message):
+    (tmp_path / "train.jsonl").write_bytes(json.dumps(pairs(1)[0]).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"train.jsonl:2: .*{message}.*; expected"):
+        read_rows(tmp_path / "train.jsonl", partial(as_pair, tokenizer=make_tokenizer()), FORM)

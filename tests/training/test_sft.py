@@ -361,3 +361,11 @@ def test_a_warm_start_takes_moments_and_no_rates(tmp_path):
         make_trainer(tmp_path / "none", max_steps=1, warm_start=str(tmp_path)).train()
     with pytest.raises(ValueError, match="fits whole weights only"):
         make_trainer(tmp_path / "lora", warm_start="x", lora_rank=4)
+
+
+def test_steps_of_another_size_do_not_go_on(tmp_path):
+    """Its position in the data is a number of steps: with others, rows would be skipped or seen again, unnoticed."""
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tmp_path, max_steps=4, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"took \d+ rows, one of this run takes \d+ .* expected the same product"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -42,6 +42,21 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, number):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
+    """It used to be forgotten: the run measured, saved and ended as if nothing had been."""
+    whole = tiny_trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    trainer = tiny_trainer(tmp_path / "run", max_steps=4, save_strategy="no")
+    trainer.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 4 of 4, which is saved"):
+        trainer.train()
+    resumed = tiny_trainer(tmp_path / "run", max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path):
     trainer = tiny_trainer(
         tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=1, logging_steps=3
@@ -109,4 +124,5 @@ def test_a_full_disk_is_said_and_keeps_what_was_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match=r"the disk is full: .*could not be written.*what was whole before is kept"):
         trainer.train()
+    assert not (tmp_path / ".incomplete").exists()
     assert latest_checkpoint(tmp_path, print).endswith("checkpoint-2")

@@ -16,10 +16,6 @@ from modeling_nanochat.training.data.packing import BUFFER_SIZE, BestFitPacker, 
 from modeling_nanochat.training.data.shard_files import changed_documents
 from modeling_nanochat.training.tokenizer import BulkEncoder
 
-# Of a document, what is encoded: a fifth of a second of the loader's thread at worst, which its batches ahead hide. No
-# row of any length in use takes more of one, so what is cut would be cropped anyway; it is counted apart.
-MOST_CHARACTERS = 1_000_000
-
 
 class PackedRows:
     """An iterator of rows `(row_length,)`, int32; endless for training, one pass for validation.
@@ -63,10 +59,7 @@ class PackedRows:
         )
         for text, position in documents:
             self.position = position
-            if len(text) > MOST_CHARACTERS:
-                self.stats.cut_documents += 1
-                self.stats.cut_characters += len(text) - MOST_CHARACTERS
-            yield self.encode(text[:MOST_CHARACTERS])
+            yield self.encode(text)
 
     @property
     def stats(self) -> PackingStats:

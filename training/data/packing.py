@@ -3,7 +3,8 @@
 **Cropping** (pretraining): a buffer of documents is kept full; every row takes the largest document that still fits,
 again and again, and when none fits, the beginning of the shortest one fills the row exactly. No padding, and every row
 begins with the beginning of a document (its BOS), so nothing is learnt from text whose start cannot be seen. The price
-is the cropped tails: about 35% of FineWeb-Edu's tokens at rows of 2048 are never seen (`PackingStats` counts them).
+is the cropped tails: about 35% of FineWeb-Edu's tokens at rows of 2048 are never seen (`PackingStats` counts them). Of
+a document longer than a row only the beginning can ever be used, but its whole length counts: the shortest is cropped.
 
 **Padding** (SFT): the same choice, but a conversation is never cropped to fill a row; what is left becomes padding.
 
@@ -30,17 +31,14 @@ class PackingStats:
     """Counts of what went into rows and what did not.
 
     `cropped_tokens` are tokens of documents that fell off at the end of a row (or of a sequence trimmed to a row),
-    `cut_characters` what `cut_documents` had beyond the length that is encoded at all. `padding_tokens` fill what
-    nothing fitted into, `trimmed_sequences` counts sequences longer than a row. Of conversations, `trained_tokens`
-    carry loss, and `untrained_sequences` had none within a row and are in no row.
+    `padding_tokens` fill what nothing fitted into, `trimmed_sequences` counts sequences longer than a row. Of
+    conversations, `trained_tokens` carry loss, and `untrained_sequences` had none within a row and are in no row.
     """
 
     rows: int = 0
     sequences: int = 0
     tokens: int = 0
     cropped_tokens: int = 0
-    cut_documents: int = 0
-    cut_characters: int = 0
     padding_tokens: int = 0
     trimmed_sequences: int = 0
     trained_tokens: int = 0
@@ -163,7 +161,8 @@ class BestFitPacker:
         documents = np.split(state["tokens"].numpy(), np.cumsum(kept)[:-1]) if kept else []
         for length, document in zip(state["lengths"].tolist(), documents, strict=True):
             self.index.add(length, document)
-        self.stats = PackingStats(**state["stats"])
+        known = PackingStats.__dataclass_fields__  # older checkpoints have counts that are no longer made
+        self.stats = PackingStats(**{name: count for name, count in state["stats"].items() if name in known})
 
 
 def pack_with_cropping(

@@ -6,8 +6,8 @@ of saving, and every folder named `checkpoint-N` is complete. The price is one p
 All ranks must see the same file system.
 """
 
+import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +22,16 @@ from transformers.trainer_utils import sort_checkpoints
 from modeling_nanochat.inference import chat_generation_config
 from modeling_nanochat.training.architectures import is_nanochat
 from modeling_nanochat.training.trainers.publishing import PublishingMixin
-from modeling_nanochat.training.whole_files import STAGING, damage, whole_folder, write_checksums
+from modeling_nanochat.training.whole_files import (
+    STAGING,
+    damage,
+    remove_staging,
+    whole_folder,
+    write_checksums,
+    write_json,
+)
 
+ROWS_OF_A_STEP = "rows_of_a_step.json"
 OPTIMIZER_SHARD = "optimizer_{:05d}_of_{:05d}.pt"
 
 
@@ -54,8 +62,28 @@ class WholeCheckpointsMixin(PublishingMixin):
     """Goes before a Trainer class, whose way of saving it replaces: the Trainer's writes in place, and rank 0's share
     of a sharded optimizer only. FSDP keeps its own files for the optimizer."""
 
+    @property
+    def rows_of_a_step(self) -> int:
+        """Of all devices."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
     def save_position(self, folder: Path) -> None:
-        """For trainers whose data knows its position: called on every rank with the folder of a checkpoint."""
+        """Called on every rank with the folder of a checkpoint. Here the position in the data is the number of steps,
+        which means something for steps of so many rows; trainers whose data knows its position save that."""
+        if self.is_world_process_zero():
+            write_json(folder / ROWS_OF_A_STEP, self.rows_of_a_step)
+
+    def check_position(self, checkpoint: Path) -> None:
+        """`ValueError` if the steps of the run that wrote a checkpoint took another number of rows."""
+        file = checkpoint / ROWS_OF_A_STEP
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if before not in (None, self.rows_of_a_step):
+            raise ValueError(
+                f"a step of the run that wrote {checkpoint} took {before} rows, one of this run takes "
+                f"{self.rows_of_a_step} (per_device_train_batch_size x gradient_accumulation_steps x processes), so it "
+                "would go on at another place in the data; expected the same product"
+            )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self.save_checkpoint()
@@ -127,6 +155,7 @@ class WholeCheckpointsMixin(PublishingMixin):
         """Moments and counters come from the checkpoint; rates, betas and decays stay as the settings have them now."""
         if checkpoint is None:
             return
+        self.check_position(Path(checkpoint))
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -184,4 +213,4 @@ def remove_old_checkpoints(output_dir: str | Path, keep: int | None, spared: Pat
         doomed = Path(output_dir) / STAGING / Path(old).name
         doomed.parent.mkdir(exist_ok=True)
         os.rename(old, doomed)
-        shutil.rmtree(doomed.parent)
+        remove_staging(doomed)

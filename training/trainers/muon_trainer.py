@@ -7,6 +7,7 @@ gradients and nothing needs them. Which private hooks that takes, `__init__.py` 
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ class MuonTrainerMixin:
         finally:
             stop.restore()
             self.remove_callback(stop)
+        if stop.number is None and stop.agreed(self.args):  # in the last step, or in what was measured after it
+            stop.number = stop.received
+            if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
+                self._save_checkpoint(self.model)
         if stop.number is not None:
             raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
         refuse_weights_that_are_no_numbers(self)

@@ -1,8 +1,9 @@
 """How a run ends early: by a signal, with a checkpoint; or by a number that is not finite, before one is spoilt.
 
-SIGTERM and Ctrl-C let the step in progress end, save a checkpoint on all ranks, and raise `Stopped`; a second signal
-acts at once. Several ranks agree now and then (`STEPS_BETWEEN_AGREEMENTS`), as a signal may reach them in different
-steps: that costs one number a few steps, and is the bound within which they stop.
+SIGTERM and Ctrl-C let the step in progress end, save a checkpoint on all ranks, and raise `Stopped`, also in the last
+step and in what is measured after it; a second signal acts at once. Several ranks agree now and then
+(`STEPS_BETWEEN_AGREEMENTS`), as a signal may reach them in different steps: that costs one number a few steps, and is
+the bound within which they stop.
 
 A loss that is no number, or a weight that is none when a checkpoint is due, raises an error that names step and tensor.
 Losses are looked at when they are logged and weights when they are saved: no step waits for a check. So the checkpoints
@@ -26,10 +27,11 @@ CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A run was stopped by a signal, after saving a checkpoint."""
+    """A run was stopped by a signal, after saving a checkpoint; or before its first step."""
 
     def __init__(self, number: int, step: int, steps: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step} of {steps}, which is saved")
+        when = f"after step {step} of {steps}, which is saved" if step else "before the first step"
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.number = number
 
 
@@ -55,15 +57,14 @@ class StopOnSignal(TrainerCallback):
         self.before = {}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.agreed(args, state.global_step) and state.global_step < state.max_steps:
+        due = args.world_size == 1 or state.global_step % STEPS_BETWEEN_AGREEMENTS == 0
+        if state.global_step < state.max_steps and due and self.agreed(args):
             self.number = self.received
             control.should_save = control.should_training_stop = True
 
-    def agreed(self, args, step: int) -> bool:
-        """Whether any rank was asked to stop; asked of all at the same steps."""
+    def agreed(self, args) -> bool:
+        """Whether any rank was asked to stop. All ranks call this together."""
         if args.world_size > 1:
-            if step % STEPS_BETWEEN_AGREEMENTS:
-                return False
             received = torch.tensor(self.received, device=args.device)
             dist.all_reduce(received, dist.ReduceOp.MAX)
             self.received = int(received)
