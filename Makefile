@@ -7,7 +7,7 @@ MODEL ?= out/demo/rl
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 CORES := $(shell nproc)
-LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/one_cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo chat web test test-versions test-lowest test-newest browser-test hf-tests gpu-check lint bench figures docs docs-test clean fault-test

@@ -8,6 +8,7 @@ code 2; NANOCHAT_TRACEBACK=1 shows where it came from. Anything else is a fault 
 """
 
 import argparse
+import ctypes
 import itertools
 import os
 import signal
@@ -23,11 +24,13 @@ from modeling_nanochat.recipes.stages.record import is_main_process
 from modeling_nanochat.training.trainers.settings import unused_settings
 from modeling_nanochat.training.trainers.stopping import Stopped
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CONFIGS = Path(__file__).with_name("configs")
 
 
 def run(recipe: Callable[[], None]) -> None:
     """Run a recipe's `main`; what the user got wrong becomes one line on the error stream, and exit code 2."""
+    end_with_launcher()
     # TRL sets what Transformers calls deprecated: nothing that a user of a recipe could mend.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
@@ -44,6 +47,13 @@ def run(recipe: Callable[[], None]) -> None:
             raise
         print(f"{program()}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def end_with_launcher() -> None:
+    """Be sent SIGTERM when `accelerate launch` dies of one, which it does not pass on to a single process: the run
+    would go on, unseen. Linux only."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != 1:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def program() -> str:

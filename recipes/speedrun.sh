@@ -22,7 +22,7 @@ BASE=${CONFIGS:-recipes/configs/$FOLDER}        # text and network are of an era
 CONFIGS=${CONFIGS:-recipes/configs/speedrun}    # the later stages follow the network
 export HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 run() {
-    .venv/bin/accelerate launch --config_file "$LAUNCHER" --num_processes "$GPUS" -m "$@"
+    .venv/bin/accelerate launch --quiet --config_file "$LAUNCHER" --num_processes "$GPUS" -m "$@"
 }
 
 make install

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from modeling_nanochat.training.trainers import stopping
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
 from modeling_nanochat.training.trainers.stopping import Stopped
 from tests.training.test_pretrain import tiny_trainer
@@ -40,6 +41,24 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, number):
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_signal_that_is_passed_on_is_one_and_a_later_one_acts_at_once(tmp_path, monkeypatch):
+    """torchrun sends its processes the Ctrl-C that the terminal has sent them already."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = tiny_trainer(tmp_path, max_steps=6)
+    trainer.add_callback(At(2, twice))
+    with pytest.raises(Stopped, match=r"stopped by SIGINT after step [23] of 6"):
+        trainer.train()
+    monkeypatch.setattr(stopping, "SECONDS_OF_ONE_SIGNAL", -1.0)
+    trainer = tiny_trainer(tmp_path, max_steps=6)
+    trainer.add_callback(At(2, twice))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path):

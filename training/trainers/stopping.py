@@ -1,9 +1,9 @@
 """How a run ends early: by a signal, with a checkpoint; or by a number that is not finite, before one is spoilt.
 
 SIGTERM and Ctrl-C let the step in progress end, save a checkpoint on all ranks, and raise `Stopped`, also in the last
-step and in what is measured after it; a second signal acts at once. Several ranks agree now and then
-(`STEPS_BETWEEN_AGREEMENTS`), as a signal may reach them in different steps: that costs one number a few steps, and is
-the bound within which they stop.
+step and in what is measured after it; another signal, some seconds later, acts at once. Several ranks agree now and
+then (`STEPS_BETWEEN_AGREEMENTS`), as a signal may reach them in different steps: that costs one number a few steps, and
+is the bound within which they stop.
 
 A loss that is no number, or a weight that is none when a checkpoint is due, raises an error that names step and tensor.
 Losses are looked at when they are logged and weights when they are saved: no step waits for a check. So the checkpoints
@@ -11,8 +11,10 @@ there are stay good, and none is rotated away for a spoilt one.
 """
 
 import math
+import os
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
 
 STEPS_BETWEEN_AGREEMENTS = 8
+SECONDS_OF_ONE_SIGNAL = 3.0  # launchers pass on what a terminal has sent to all processes already
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -39,7 +42,7 @@ class StopOnSignal(TrainerCallback):
     """Catches the signals between `install` and `restore`; `number` is the one the run has stopped for, else None."""
 
     def __init__(self):
-        self.received = 0
+        self.received, self.since = 0, 0.0
         self.number: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -48,8 +51,11 @@ class StopOnSignal(TrainerCallback):
             self.before = {number: signal.signal(number, self.receive) for number in CAUGHT}
 
     def receive(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, self.before[number] or signal.SIG_DFL)  # the next one acts at once
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + SECONDS_OF_ONE_SIGNAL:  # somebody will not wait
+            signal.signal(number, self.before[number] or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def restore(self) -> None:
         for number, handler in self.before.items():
