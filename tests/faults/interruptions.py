@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.stages import STAGES, Command, World, checkpoints, difference, wait_for
+from tests.faults.stages import STAGES, Command, World, checkpoints, difference, free_port, wait_for
 
 DISK = 256 << 20  # bytes of the small disk; preparing data asks for 200 MB
 PAGE = 4096
@@ -187,13 +187,16 @@ def stopped_at_the_end(world: World, rng: random.Random, name: str) -> Outcome:
 
 
 def as_typed(world: World, rng: random.Random, number: signal.Signals, ranks: int) -> Outcome:
-    """A signal to `accelerate launch`, as typed in a shell: SIGINT to all its processes, SIGTERM to the launcher."""
+    """A signal to a launcher, as typed in a shell: SIGINT to all its processes, SIGTERM to the launcher alone."""
     world.reference("pretrain")
     output = fresh(world, f"as typed {number.name} {ranks}")
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--quiet", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(ranks),
-                *(["--multi_cpu"] if ranks > 1 else []), "-m", "modeling_nanochat.recipes.pretrain"]  # fmt: skip
-    typed = [*launcher, *world.arguments("pretrain", output, max_steps="4000")]
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--config_file",
+                "recipes/accelerate/one_cpu.yaml"]  # fmt: skip
+    if ranks > 1:
+        launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(ranks),
+                    "--master_port", str(free_port())]  # fmt: skip
+    typed = [*launcher, "-m", "modeling_nanochat.recipes.pretrain",
+             *world.arguments("pretrain", output, max_steps="4000")]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True

@@ -57,10 +57,8 @@ def table() -> dict[str, Callable[[World, random.Random], Outcome]]:
             rows[f"{name}: {number.name} at random, three times"] = partial(
                 interruptions.stopped_outside_training, name=name, number=number
             )
-        for ranks in (1, 2):
-            rows[f"accelerate launch, {ranks} process(es): {number.name}"] = partial(
-                interruptions.as_typed, number=number, ranks=ranks
-            )
+        for launcher, ranks in (("accelerate launch", 1), ("torchrun, 2 processes", 2)):
+            rows[f"{launcher}: {number.name}"] = partial(interruptions.as_typed, number=number, ranks=ranks)
     for name in ("pretrain", "sft", "rl", "dpo"):
         rows[f"{name}: SIGTERM in the last step"] = partial(interruptions.stopped_at_the_end, name=name)
     for name in (*NOT_TRAINED, "pretrain", "sft", "rl", "dpo"):
