@@ -12,8 +12,9 @@ interval.
 """
 
 import importlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
@@ -63,14 +64,15 @@ class RLArguments:
 def main() -> None:
     arguments, config = parse(RLArguments, ReinforceConfig)
     files = [f"{arguments.data}/{split}.jsonl" for split in ("train", "validation")]
-    stage = Stage("rl", config.output_dir, [arguments, config], [arguments.model, *files], arguments.rerun)
+    rewards = {name: find_reward(name) for name in arguments.rewards}
+    inputs = [arguments.model, *files, *own_files(rewards)]
+    stage = Stage("rl", config.output_dir, [arguments, config], inputs, arguments.rerun)
     if stage.is_done():
         if config.push_to_hub:
             publish(stage, config)
         return
     logging.disable_progress_bar()  # of reading and writing weights, which would tear the one of training
     checkpoint = checkpoint_to_resume(stage, config)
-    rewards = {name: find_reward(name) for name in arguments.rewards}
     model, tokenizer = load_checkpoint(arguments.model)
     room = model.config.max_position_embeddings - config.max_completion_length
     train, validation = (read_problems(file, tokenizer, room) for file in files)
@@ -126,6 +128,12 @@ def if_ended(checker: Reward) -> Reward:
         return text.endswith((ASSISTANT_END, BOS)) and checker(text, problem)
 
     return reward
+
+
+def own_files(rewards: Iterable[str]) -> list[str]:
+    """Where imported rewards of one's own are written: with another text of them it is another run."""
+    modules = {name.partition(":")[0] for name in rewards if ":" in name}
+    return sorted(filter(None, (getattr(sys.modules[module], "__file__", None) for module in modules)))
 
 
 def read_problems(file: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Problem]:

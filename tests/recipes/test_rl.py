@@ -55,6 +55,7 @@ def test_own_rewards_and_problems_of_several_kinds(folder, monkeypatch, capsys):
     (step,) = (entry for entry in record["log_history"] if "call_rate" in entry)
     assert step["rewards/own_rewards:brevity/mean"] < 0
     assert [sample["task"] for sample in record["samples"]] == ["before", "before", "after", "after"]
+    assert record["inputs"][str(folder / "own_rewards.py")] != "by name"  # changed rewards are another run
 
 
 def test_adapters_alone_learn_and_are_merged_at_the_end(folder, monkeypatch):
