@@ -67,7 +67,14 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     `<|output_start|>` is no special token to the tokenizer (`training/tokenizer.py` says why): where it is spelled out,
     the text is cut between two words of the pre-split, which changes no other id.
+
+    Raises:
+        ValueError: half a surrogate pair, which JSON can write and which is no character.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the text holds half a surrogate pair, which is no character: {text[:80]!r}") from None
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return [index for piece in INSIDE_OUTPUT_START.split(text) for index in tokenizer(piece, **options)["input_ids"]]
 

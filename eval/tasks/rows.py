@@ -50,6 +50,4 @@ def reason_of(error: Exception) -> str:
         return f"no JSON ({error.msg} at character {error.pos})"
     if isinstance(error, UnicodeDecodeError):
         return f"no UTF-8 (byte {error.object[error.start]:#04x} at {error.start})"
-    if isinstance(error, UnicodeEncodeError):
-        return "half a surrogate pair, which is no character"
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

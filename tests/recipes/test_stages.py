@@ -140,7 +140,7 @@ def take_over(folder, ready, taken):
 
 def test_of_many_processes_one_takes_over_the_lock_of_a_dead_one(tmp_path):
     dead = json.dumps({"host": lock.socket.gethostname(), "process": 1, "started": "never"})
-    for _ in range(5):
+    for _ in range(2):
         (tmp_path / lock.NAME).write_text(dead)
         ready, taken = PROCESSES.Barrier(4), PROCESSES.Queue()
         racers = [PROCESSES.Process(target=take_over, args=(tmp_path, ready, taken), daemon=True) for _ in range(4)]

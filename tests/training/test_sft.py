@@ -265,6 +265,7 @@ BAD_LINES = {
     '{"messages": [{"role": "assistant", "content": "x"}]}': "roles must go user",
     '{"messages": [{"role": "user", "content": ""}]}': "a text is empty",
     '{"messages": [{"role": "user", "content": "x", "weight": 0}]}': "fields",
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}': "half a surrogate pair",
 }
 
 
