@@ -354,5 +354,36 @@ def diverges(world: World, rng: random.Random, name: str) -> Outcome:
     return Outcome(f"exit code {code}, {last_line(said)!r}, {len(spoilt)} spoilt checkpoints", good=good)
 
 
+def other_run_in_the_folder(world: World, rng: random.Random) -> Outcome:
+    """Run A is done, run B with other settings is killed in its folder, A is asked for again: never taken for done."""
+    reference = world.reference("pretrain")
+    output = fresh(world, "other run")
+    shutil.copytree(reference, output)
+    first = set(checkpoints(output))
+    command = world.start("pretrain", output, matrix_lr="0.01")
+    wait_for(lambda: bool(set(checkpoints(output)) - first) or command.step > 6, command)
+    command.kill()
+    code, said = world.run("pretrain", output)
+    refused = code == 2 and "unfinished run with other settings" in said and "already done" not in said
+    happened, good = ended_alike(world, "pretrain", output, *world.run("pretrain", output, rerun="true"))
+    return Outcome(f"exit code {code}, {last_line(said)[:90]!r}; with --rerun true {happened}", good=refused and good)
+
+
+def new_settings(world: World, rng: random.Random) -> Outcome:
+    """A checkpoint gone on with by name, with other rates and length: they act."""
+    from modeling_nanochat.recipes.stages.record import read_stage
+
+    world.reference("pretrain")
+    output = fresh(world, "new settings")
+    shutil.copytree(world.reference("pretrain"), output)
+    checkpoint = output / f"checkpoint-{checkpoints(output)[0]}"
+    settings = {"resume_from_checkpoint": str(checkpoint), "matrix_lr": "0.5", "max_steps": "50"}
+    code, said = world.run("pretrain", output, **settings)
+    if code:
+        return Outcome(f"exit code {code}, {last_line(said)!r}", good=False)
+    steps, other = read_stage(output)["results"]["steps"], difference(output, world.reference("pretrain"))
+    return Outcome(f"{steps} steps, other weights", good=steps == 50 and "model.safetensors" in (other or ""))
+
+
 def listed(values) -> str:
     return ", ".join(map(str, values))

@@ -63,6 +63,8 @@ def table() -> dict[str, Callable[[World, random.Random], Outcome]]:
         rows[f"{name}: SIGTERM in the last step"] = partial(interruptions.stopped_at_the_end, name=name)
     for name in (*NOT_TRAINED, "pretrain", "sft", "rl", "dpo"):
         rows[f"{name}: a second process"] = partial(interruptions.two_processes, name=name)
+    rows["pretrain: another run killed in a finished folder"] = interruptions.other_run_in_the_folder
+    rows["pretrain: a checkpoint gone on with, other rate and length"] = interruptions.new_settings
     rows["two processes find the lock of a dead one"] = interruptions.stale_lock
     for name in ("pretrain", "pretrain on 2 ranks", "sft", "rl", "dpo"):
         for where in PLACES if name.startswith("pretrain") else PLACES_ELSEWHERE:

@@ -240,7 +240,10 @@ def what_is_left(folder: Path) -> dict:
         return {"record": "none"}
     results = {name: value for name, value in record["results"].items() if name not in ("tokens_per_second", "mfu")}
     losses = [line["loss"] for line in record["log_history"] if "loss" in line]
-    return {"results": results, "losses": losses, **files_of_a_stage(folder)}
+    files = files_of_a_stage(folder)
+    if files.pop("manifest.json", None):  # it names its folder
+        files["manifest.json"] = json.loads((folder / "manifest.json").read_text())["files"]
+    return {"results": results, "losses": losses, **files}
 
 
 def difference(folder: Path, reference: Path) -> str | None:
