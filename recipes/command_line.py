@@ -9,6 +9,7 @@ code 2; NANOCHAT_TRACEBACK=1 shows where it came from. Anything else is a fault 
 
 import argparse
 import ctypes
+import errno
 import itertools
 import os
 import signal
@@ -62,6 +63,8 @@ def program() -> str:
 
 
 def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or 'a file'} could not be written; expected free space"
     return " ".join(str(error).split()) or type(error).__name__
 
 

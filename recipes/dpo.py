@@ -19,7 +19,13 @@ from transformers.utils import logging
 from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.finished import publish
-from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from modeling_nanochat.recipes.stages.folder import (
+    checkpoint_to_resume,
+    keep_end,
+    load_checkpoint,
+    remove_unwanted_checkpoints,
+    save_checkpoint,
+)
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.training import scaling
 from modeling_nanochat.training.trainers.dpo import NanoChatDPOConfig, NanoChatDPOTrainer, render_pair
@@ -65,6 +71,7 @@ def main() -> None:
             stage.say(f"{count} {name} pairs are longer than {config.max_length} tokens and are left out")
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.train(resume_from_checkpoint=checkpoint)
+    keep_end(trainer)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():
@@ -77,6 +84,7 @@ def main() -> None:
                 f"validation_{name}_before": before[f"eval_{name}"],
             }
     stage.finish(results, trainer.state.log_history)
+    remove_unwanted_checkpoints(config)
     publish(stage, config)
 
 

@@ -321,11 +321,13 @@ def results_of(trainer: PretrainTrainer, plan: scaling.TrainingPlan) -> dict[str
 
 def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
     """Of all ranks' streams: the share of tokens that no row holds. All ranks call this together."""
+    own = {number: stream.stats for number, stream in trainer.rows.open_streams.items()}
+    if not own:  # nothing was left to train on: as the checkpoint has it
+        states = trainer.rows.position["states"]
+        own = {number: PackingStats(**state["packer"]["stats"]) for number, state in states.items()}
     streams: dict[int, PackingStats] = {}
-    for own in gather({number: stream.stats for number, stream in trainer.rows.open_streams.items()}):
-        streams |= own  # one stream may be read by several ranks
-    if not streams:  # nothing was left to train on
-        return {}
+    for each in gather(own):
+        streams |= each  # one stream may be read by several ranks
     cropped, kept = (sum(getattr(each, name) for each in streams.values()) for name in ("cropped_tokens", "tokens"))
     return {"cropped_share": cropped / max(cropped + kept, 1)}
 

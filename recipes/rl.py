@@ -28,7 +28,13 @@ from modeling_nanochat.eval.tasks.checkers import CHECKERS, checker_of, is_right
 from modeling_nanochat.eval.tasks.rows import read_rows
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.finished import publish
-from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from modeling_nanochat.recipes.stages.folder import (
+    checkpoint_to_resume,
+    keep_end,
+    load_checkpoint,
+    remove_unwanted_checkpoints,
+    save_checkpoint,
+)
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.tables import with_calls_shown
 from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, message_text
@@ -83,6 +89,7 @@ def main() -> None:
     announce(stage, trainer, validation)
     before, samples_before = trainer.evaluate(), show_samples(trainer, validation, "before")
     trainer.train(resume_from_checkpoint=checkpoint)
+    keep_end(trainer)
     after, samples_after = trainer.evaluate(), show_samples(trainer, validation, "after")
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():
@@ -95,6 +102,7 @@ def main() -> None:
         **{f"{name.removeprefix('eval_')}_after": value for name, value in after.items()},
     }
     stage.finish(results, trainer.state.log_history, samples_before + samples_after)
+    remove_unwanted_checkpoints(config)
     publish(stage, config)
 
 

@@ -27,7 +27,13 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
 from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.publishing.finished import publish
-from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from modeling_nanochat.recipes.stages.folder import (
+    checkpoint_to_resume,
+    keep_end,
+    load_checkpoint,
+    remove_unwanted_checkpoints,
+    save_checkpoint,
+)
 from modeling_nanochat.recipes.stages.record import Stage
 from modeling_nanochat.recipes.stages.token_colors import colored_row
 from modeling_nanochat.tokenization_nanochat_gpt import render_prompt
@@ -107,6 +113,7 @@ def main() -> None:
     announce(stage, trainer)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint)
+    keep_end(trainer)
     after = trainer.evaluate()
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():
@@ -114,6 +121,7 @@ def main() -> None:
         save_checkpoint(whole, tokenizer, config.output_dir)
         shutil.rmtree(Path(config.output_dir, "packed"))
     stage.finish(results_of(trainer, before, after), trainer.state.log_history, samples.taken)
+    remove_unwanted_checkpoints(config)
     publish(stage, config)
 
 

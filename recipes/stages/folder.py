@@ -1,6 +1,7 @@
 """The folder that one stage hands to the next: weights with the network's code, tokenizer, generation settings; and
 which of the checkpoints in it a run goes on from."""
 
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,14 +13,16 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 import modeling_nanochat  # registers the network with the Auto classes
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.inference import cast_weights
-from modeling_nanochat.recipes.stages.record import Stage
+from modeling_nanochat.recipes.stages.record import Stage, is_main_process
 from modeling_nanochat.training.data.documents import is_local_path
 from modeling_nanochat.training.devices import choose_dtype
 from modeling_nanochat.training.ranks import on_main_process
@@ -73,6 +76,19 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     replace_files(output_dir, write)
     model.config.name_or_path = output_dir  # where its calculator finds the tokenizer
+
+
+def keep_end(trainer: Trainer) -> None:
+    """Save the last step, unless the run did: what comes after it, such as measuring, may be killed too."""
+    if not Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}").is_dir():
+        trainer._save_checkpoint(trainer.model)
+
+
+def remove_unwanted_checkpoints(config: TrainingArguments) -> None:
+    """Of a stage that is done and was to save none on the way."""
+    if config.save_strategy == SaveStrategy.NO and is_main_process():
+        for checkpoint in list(Path(config.output_dir).glob("checkpoint-*")):
+            shutil.rmtree(checkpoint)
 
 
 def checkpoint_to_resume(stage: Stage, config: TrainingArguments) -> str | None:

@@ -26,7 +26,8 @@ PROCESSES.set_forkserver_preload([f"modeling_nanochat.recipes.{recipe}" for reci
 TRAIN = "--use_cpu true --disable_tqdm true --polar_dtype float32 --save_strategy steps --save_steps 3"
 PRETRAIN = (
     "--data {at}/shards --tokenizer {at}/tokenizer --depth 2 --head_dim 32 --sequence_length 64 --max_steps 40 "
-    f"--total_batch_tokens 512 --validation_tokens 512 --validate_every 20 --torch_compile false {TRAIN}"
+    f"--total_batch_tokens 512 --validation_tokens 512 --validate_every 20 --logging_steps 1 "
+    f"--torch_compile false {TRAIN}"
 )
 SFT = f"--model {{at}}/pretrain --data {{at}}/data/sft --per_device_train_batch_size 2 --max_steps 12 {TRAIN}"
 
@@ -98,6 +99,10 @@ class Command:
         return any(process.exitcode is None for process in self.processes)
 
     @property
+    def begun(self) -> bool:
+        return self.steps.exists()
+
+    @property
     def step(self) -> int:
         text = self.steps.read_text() if self.steps.exists() else ""
         return int(text or 0)
@@ -147,6 +152,7 @@ def be_the_command(recipe: str, arguments: list[str], log: Path, steps: Path, en
         return plain(self, args, state, control)
 
     CallbackHandler.on_step_end = on_step_end
+    steps.write_text("0")
     try:
         run(importlib.import_module(f"modeling_nanochat.recipes.{recipe}").main)
     finally:
@@ -214,6 +220,10 @@ class World:
             (self.folder / "logs" / f"{output.name}.seconds").write_text(str(time.time() - started))
         return output
 
+    def steps(self, name: str) -> int:
+        words = STAGES[name].arguments.split()
+        return int(words[words.index("--max_steps") + 1])
+
     def seconds(self, name: str) -> float:
         """How long the undisturbed stage took."""
         return float((self.folder / "logs" / f"{self.reference(name).name}.seconds").read_text())
@@ -238,7 +248,8 @@ def what_is_left(folder: Path) -> dict:
     record = read_stage(folder)
     if record is None:
         return {"record": "none"}
-    results = {name: value for name, value in record["results"].items() if name not in ("tokens_per_second", "mfu")}
+    speeds = ("tokens_per_second", "mfu", "cropped_share")  # the last as far as the loader has read ahead
+    results = {name: value for name, value in record["results"].items() if name not in speeds}
     losses = [line["loss"] for line in record["log_history"] if "loss" in line]
     files = files_of_a_stage(folder)
     if files.pop("manifest.json", None):  # it names its folder

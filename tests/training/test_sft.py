@@ -370,3 +370,14 @@ def test_steps_of_another_size_do_not_go_on(tmp_path):
     other = make_trainer(tmp_path, max_steps=4, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match=r"took \d+ rows, one of this run takes \d+ .* expected the same product"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_run_resumed_at_its_last_step_takes_no_other(tmp_path):
+    """The Trainer took one more each time."""
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3).train()
+    resumed = make_trainer(tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 3 and len(resumed.state.log_history) > 1
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    for name, tensor in resumed.model.state_dict().items():
+        assert name not in saved or torch.equal(tensor, saved[name]), name

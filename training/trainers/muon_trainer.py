@@ -6,6 +6,7 @@ under FSDP2 it takes the sharded parameters as they come. Gradient norms are not
 gradients and nothing needs them. Which private hooks that takes, `__init__.py` of this folder lists.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.training.architectures import is_nanochat, run_activations_in
@@ -22,6 +26,7 @@ from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
+from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
 from modeling_nanochat.training.trainers.progress_line import show_progress_line
 from modeling_nanochat.training.trainers.stopping import (
     StopOnSignal,
@@ -65,25 +70,40 @@ class MuonTrainerMixin:
         self.add_callback(BeforeFirstStep(self))
         show_progress_line(self)
 
-    def train(self, *args, **kwargs):
-        """As the Trainer's; stops for SIGTERM and Ctrl-C with a checkpoint.
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """As the Trainer's, True meaning the latest checkpoint in `output_dir` if there is one; stops for SIGTERM and
+        Ctrl-C with a checkpoint. From a checkpoint of the last step, which the Trainer would overstep, none is done.
 
         Raises:
             Stopped: a signal came before the last step.
             ValueError: a loss or a weight is not finite.
         """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = latest_checkpoint(self.args.output_dir)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            if state.global_step >= self.planned_steps:  # killed between the last checkpoint and the end
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, math.nan, {})
         stop = StopOnSignal()
         self.callback_handler.callbacks.insert(0, stop)  # before those that look at what is asked for
         stop.install()
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             stop.restore()
             self.remove_callback(stop)
         if stop.number is None and stop.agreed(self.args):  # in the last step, or in what was measured after it
             stop.number = stop.received
             if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
-                self._save_checkpoint(self.model)
+                self.save_checkpoint()
         if stop.number is not None:
             raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
         refuse_weights_that_are_no_numbers(self)

@@ -9,7 +9,6 @@ ones of the Trainer, as `__init__.py` of this folder says.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.inference import eval_mode
@@ -291,19 +288,19 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
 
     # ---------------------------------------------------------------- checkpoints
 
+    @property
+    def planned_steps(self) -> int:
+        return self.args.max_steps
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train, from a checkpoint if one is named; True means the latest in `output_dir` if there is one."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if state.global_step >= self.args.max_steps:  # killed between the last checkpoint and the end
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, float("nan"), {})
-            self.rows.load(resume_from_checkpoint)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = latest_checkpoint(self.args.output_dir)
+        if checkpoint is not None:
+            self.rows.load(checkpoint)
         with exact_sums(bool(self.args.torch_compile) and self.args.device.type == "cpu"):
-            return super().train(resume_from_checkpoint or None, **kwargs)
+            return super().train(checkpoint, **kwargs)
 
     def save_checkpoint(self) -> None:
         with self._time_aside("save"):
