@@ -53,10 +53,15 @@ def recipes() -> dict[str, str]:
 
 def call(name: str, arguments: list[str]) -> None:
     """Run a recipe; what the user got wrong ends the process with one line."""
-    from modeling_nanochat.recipes.command_line import run  # here: seconds
+    try:
+        from modeling_nanochat.recipes.command_line import run  # here: seconds
 
+        recipe = importlib.import_module(f"modeling_nanochat.recipes.{name}").main
+    except KeyboardInterrupt:
+        print(f"nanochat {name}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
     sys.argv = [f"nanochat {name}", *arguments]
-    run(importlib.import_module(f"modeling_nanochat.recipes.{name}").main)
+    run(recipe)
 
 
 def help_of(name: str) -> str:
