@@ -40,7 +40,9 @@ def run(recipe: Callable[[], None]) -> None:
         if is_main_process():
             print(f"{program()}: {stopped}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError) as error:
+        if not isinstance(error.__cause__ or error, KeyboardInterrupt):  # on its way through C it becomes the other
+            raise
         print(f"{program()}: stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, OSError) as error:

@@ -21,7 +21,6 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import (
     checkpoint_to_resume,
-    keep_end,
     load_checkpoint,
     remove_unwanted_checkpoints,
     save_checkpoint,
@@ -70,8 +69,8 @@ def main() -> None:
         if count:
             stage.say(f"{count} {name} pairs are longer than {config.max_length} tokens and are left out")
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.keeps_end = True  # what comes after it, such as measuring, may be killed too
     trainer.train(resume_from_checkpoint=checkpoint)
-    keep_end(trainer)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():

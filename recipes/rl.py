@@ -30,7 +30,6 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import (
     checkpoint_to_resume,
-    keep_end,
     load_checkpoint,
     remove_unwanted_checkpoints,
     save_checkpoint,
@@ -88,8 +87,8 @@ def main() -> None:
     )
     announce(stage, trainer, validation)
     before, samples_before = trainer.evaluate(), show_samples(trainer, validation, "before")
+    trainer.keeps_end = True  # what comes after it, such as measuring, may be killed too
     trainer.train(resume_from_checkpoint=checkpoint)
-    keep_end(trainer)
     after, samples_after = trainer.evaluate(), show_samples(trainer, validation, "after")
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():

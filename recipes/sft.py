@@ -29,7 +29,6 @@ from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.publishing.finished import publish
 from modeling_nanochat.recipes.stages.folder import (
     checkpoint_to_resume,
-    keep_end,
     load_checkpoint,
     remove_unwanted_checkpoints,
     save_checkpoint,
@@ -112,8 +111,8 @@ def main() -> None:
         return
     announce(stage, trainer)
     before = trainer.evaluate()
+    trainer.keeps_end = True  # what comes after it, such as measuring, may be killed too
     trainer.train(resume_from_checkpoint=checkpoint)
-    keep_end(trainer)
     after = trainer.evaluate()
     whole = trainer.whole_model()
     if trainer.is_world_process_zero():

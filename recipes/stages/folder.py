@@ -13,7 +13,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -76,12 +75,6 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     replace_files(output_dir, write)
     model.config.name_or_path = output_dir  # where its calculator finds the tokenizer
-
-
-def keep_end(trainer: Trainer) -> None:
-    """Save the last step, unless the run did: what comes after it, such as measuring, may be killed too."""
-    if not Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}").is_dir():
-        trainer._save_checkpoint(trainer.model)
 
 
 def remove_unwanted_checkpoints(config: TrainingArguments) -> None:

@@ -162,11 +162,11 @@ def stopped_outside_training(world: World, rng: random.Random, name: str, number
         time.sleep(rng.uniform(0, room))
         command.send(number)
         code, said = command.finish()
-        if "Traceback" in said:
-            return Outcome(f"exit code {code}, {last_line(said)!r}", good=False)
         if code:
             codes.append(code)
-        else:  # it had ended before
+            if "Traceback" in said:
+                return Outcome(f"exit code {code}, {last_line(said)!r}", good=False)
+        else:  # it had ended before; or Python dropped the exception, as it does in callbacks of its own
             shutil.rmtree(output)
             room /= 2
     happened, good = ended_alike(world, name, output, *world.run(name, output))

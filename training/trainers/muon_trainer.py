@@ -52,6 +52,7 @@ class MuonTrainerMixin:
 
     param_group_settings: dict[str, Any]
     schedules: dict[str, Schedule]
+    keeps_end = False  # whether the last step is saved also where save_strategy saves none
 
     @property
     def optimizer_era(self) -> str:
@@ -97,17 +98,23 @@ class MuonTrainerMixin:
         stop.install()
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            if self.keeps_end:
+                self.save_end()
         finally:
             stop.restore()
             self.remove_callback(stop)
         if stop.number is None and stop.agreed(self.args):  # in the last step, or in what was measured after it
             stop.number = stop.received
-            if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
-                self.save_checkpoint()
+            self.save_end()
         if stop.number is not None:
             raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
         refuse_weights_that_are_no_numbers(self)
         return output
+
+    def save_end(self) -> None:
+        """A checkpoint of the step that was reached, unless there is one."""
+        if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
+            self.save_checkpoint()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         refuse_loss_that_is_no_number(self, logs)
