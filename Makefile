@@ -77,7 +77,7 @@ test-lowest test-newest: test-%: .versions/%.txt
 	mkdir -p .versions
 	touch $@  # nothing is held back
 
-fault-test: .venv/.installed ## every stage killed, stopped, damaged and disturbed; minutes
+fault-test: .venv/.installed ## every stage killed, stopped, damaged and disturbed: the table of docs/reliability.md; a quarter of an hour on two cores
 	$(BIN)/python -m tests.faults.run
 
 lint: .venv/.installed ## ruff: style and format

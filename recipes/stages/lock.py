@@ -7,11 +7,11 @@ work, one of them covers the moment of taking, so that two processes cannot both
 """
 
 import atexit
-import contextlib
 import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,11 +45,19 @@ def take(folder: Path, name: str = NAME) -> Path:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One process of this host at a time, where the file system knows such locks."""
+    """One process of this host at a time, where the file system knows such locks; nobody is waited for longer than for
+    the few instructions that are done in here."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for _ in range(50):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            except OSError:  # there are no such locks
+                pass
+            break
         yield
     finally:
         os.close(descriptor)

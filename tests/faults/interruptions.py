@@ -229,7 +229,7 @@ def two_processes(world: World, rng: random.Random, name: str) -> Outcome:
     world.reference(name)
     output = fresh(world, f"two {name}")
     first = world.start(name, output)
-    wait_for(lambda: (output / "stage.lock").exists(), first)
+    wait_for(lambda: (output / "stage.begun.json").exists(), first)  # written once the lock is taken
     first.send(signal.SIGSTOP)
     second = world.start(name, output, **({"max_steps": "7"} if STAGES[name].trains else {}))
     code, said = second.finish()
