@@ -14,5 +14,5 @@ calls fails in silence.
   calculator, and has rewarded them before TRL asks.
 - `_compute_loss`: the loss of REINFORCE in the eight lines that it is.
 
-`_save_rng_state` and, under FSDP, `_save_optimizer_and_scheduler` and `_load_from_checkpoint` are called as they are.
+`_save_rng_state`, `_load_from_checkpoint` and, under FSDP, `_save_optimizer_and_scheduler` are called as they are.
 """
