@@ -324,7 +324,7 @@ def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
     own = {number: stream.stats for number, stream in trainer.rows.open_streams.items()}
     if not own:  # nothing was left to train on: as the checkpoint has it
         states = trainer.rows.position["states"]
-        own = {number: PackingStats(**state["packer"]["stats"]) for number, state in states.items()}
+        own = {number: PackingStats.of(state["packer"]) for number, state in states.items()}
     streams: dict[int, PackingStats] = {}
     for each in gather(own):
         streams |= each  # one stream may be read by several ranks

@@ -44,6 +44,11 @@ class PackingStats:
     trained_tokens: int = 0
     untrained_sequences: int = 0
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "PackingStats":
+        """The counts in the state of a packer; older ones have some that are no longer made."""
+        return cls(**{name: count for name, count in state["stats"].items() if name in cls.__dataclass_fields__})
+
     @property
     def utilisation(self) -> float:
         """Share of the rows' positions that hold a token."""
@@ -161,8 +166,7 @@ class BestFitPacker:
         documents = np.split(state["tokens"].numpy(), np.cumsum(kept)[:-1]) if kept else []
         for length, document in zip(state["lengths"].tolist(), documents, strict=True):
             self.index.add(length, document)
-        known = PackingStats.__dataclass_fields__  # older checkpoints have counts that are no longer made
-        self.stats = PackingStats(**{name: count for name, count in state["stats"].items() if name in known})
+        self.stats = PackingStats.of(state)
 
 
 def pack_with_cropping(
