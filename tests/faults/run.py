@@ -102,6 +102,10 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def is_settled(row: dict, code: str, seed: int) -> bool:
+    return bool(row.get("good")) and (row["code"], row["seed"]) == (code, seed)
+
+
 def run_row(name: str, fault: Callable, world: World, seed: int) -> dict:
     started = time.time()
     try:
@@ -136,25 +140,25 @@ def main() -> None:
     end = time.time() + 60 * arguments.minutes
     OUT.mkdir(parents=True, exist_ok=True)
     file, code = OUT / "results.json", code_hash()
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    if (kept.get("code"), kept.get("seed")) != (code, arguments.seed):
-        kept = {"code": code, "seed": arguments.seed, "rows": {}}
-        shutil.rmtree(OUT / "world", ignore_errors=True)
-    results = kept["rows"]
+    results = json.loads(file.read_text()) if file.exists() else {}
     rows = {name: fault for name, fault in table().items() if any(part in name for part in arguments.only)}
+    if not (OUT / code).exists():  # what undisturbed stages left is of other code
+        shutil.rmtree(OUT / "world", ignore_errors=True)
+        (OUT / code).touch()
     world = World((OUT / "world").absolute())
     for name in STAGES:
         world.reference(name)
-    waiting = [name for name in rows if not results.get(name, {}).get("good")]
+    waiting = [name for name in rows if not is_settled(results.get(name, {}), code, arguments.seed)]
 
     def work(name: str) -> None:
         if time.time() < end:
-            results[name] = run_row(name, rows[name], world, arguments.seed)
-            file.write_text(json.dumps(kept, indent=1))
+            row = run_row(name, rows[name], world, arguments.seed)
+            results[name] = row | {"code": code, "seed": arguments.seed}
+            file.write_text(json.dumps(results, indent=1))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, waiting))
-    done = [name for name in rows if name in results]
+    done = [name for name in rows if results.get(name, {}).get("code") == code]
     (OUT / "table.md").write_text(markdown(results, done) + "\n")
     lost = [name for name in done if not results[name]["good"]]
     print(f"\n{len(done)} of {len(rows)} faults done, {len(lost)} lost or hid something; table in {OUT}/table.md")
