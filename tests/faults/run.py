@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -148,13 +149,15 @@ def main() -> None:
     world = World((OUT / "world").absolute())
     for name in STAGES:
         world.reference(name)
+    writing = threading.Lock()
     waiting = [name for name in rows if not is_settled(results.get(name, {}), code, arguments.seed)]
 
     def work(name: str) -> None:
         if time.time() < end:
             row = run_row(name, rows[name], world, arguments.seed)
-            results[name] = row | {"code": code, "seed": arguments.seed}
-            file.write_text(json.dumps(results, indent=1))
+            with writing:
+                results[name] = row | {"code": code, "seed": arguments.seed}
+                file.write_text(json.dumps(results, indent=1))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, waiting))
