@@ -49,8 +49,8 @@ def last_line(text: str) -> str:
 
 
 def lost(command: Command, output: Path) -> int:
-    """Steps since the last checkpoint."""
-    return command.step - max(checkpoints(output), default=0)
+    """Steps since the last checkpoint; none if the command was killed before it went on."""
+    return max(0, command.step - max(checkpoints(output), default=0))
 
 
 # ---------------------------------------------------------------- kills
