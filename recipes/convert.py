@@ -56,7 +56,7 @@ from modeling_nanochat.recipes.conversion.upstream_tokenizer import (
     write_upstream_tokenizer,
 )
 from modeling_nanochat.recipes.publishing.card import write_model_card
-from modeling_nanochat.recipes.stages.lock import take as take_lock
+from modeling_nanochat.recipes.stages.lock import held
 from modeling_nanochat.recipes.stages.tables import markdown_table
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.training import model_card
@@ -350,20 +350,20 @@ def main() -> None:
         raise ValueError(f"--output {output} exists already, expected a new folder")
     if overrides and direction in ("to_onnx", "to_gguf"):
         raise ValueError(f"--override would do nothing with --{direction}, which takes the network as it is")
-    take_lock(output.parent, f".{output.name}.lock")
-    if direction == "from_upstream":
-        tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
-        from_upstream(folder, output, arguments.step, tokenizer, overrides)
-    elif direction == "from_native":
-        from_native(folder, output, overrides)
-    elif direction == "to_native":
-        to_native(folder, output, overrides)
-    elif direction == "to_upstream":
-        to_upstream(folder, output, arguments.step, overrides)
-    elif direction == "to_onnx":
-        to_onnx(folder, output)
-    else:
-        to_gguf(folder, output)
+    with held(output.parent, f".{output.name}.lock"):
+        if direction == "from_upstream":
+            tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
+            from_upstream(folder, output, arguments.step, tokenizer, overrides)
+        elif direction == "from_native":
+            from_native(folder, output, overrides)
+        elif direction == "to_native":
+            to_native(folder, output, overrides)
+        elif direction == "to_upstream":
+            to_upstream(folder, output, arguments.step, overrides)
+        elif direction == "to_onnx":
+            to_onnx(folder, output)
+        else:
+            to_gguf(folder, output)
     print(f"written to {output}")
 
 

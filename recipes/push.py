@@ -20,7 +20,7 @@ from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.publishing.card import is_chat, write_model_card
 from modeling_nanochat.recipes.publishing.clean_process import answer
 from modeling_nanochat.recipes.publishing.history import history
-from modeling_nanochat.recipes.stages.lock import take as take_lock
+from modeling_nanochat.recipes.stages.lock import held
 from modeling_nanochat.recipes.stages.numbers import readable_number
 from modeling_nanochat.recipes.stages.record import fingerprint
 from modeling_nanochat.training import hub
@@ -75,16 +75,16 @@ def push(arguments: PushArguments) -> None:
     if not arguments.dry_run:  # first: what cannot be pushed need not be tried
         repository = hub.create_repository(repository, arguments.private or None)
     folder = FOLDER / repository
-    take_lock(folder.parent, f".{folder.name}.lock")
-    write_folder(arguments, repository, folder)
-    chat = is_chat(history(arguments.model))
-    print(f"asked in a process with torch and transformers only, it answers: {answer(folder, chat=chat)!r}")
-    if arguments.dry_run:
-        print(f"nothing was uploaded; what would be is in {folder}")
-        return
-    commit = hub.upload(folder, repository, f"Upload {Path(arguments.model).resolve().name}")
-    shutil.rmtree(folder)
-    print(f"pushed in one commit: {commit.commit_url}")
+    with held(folder.parent, f".{folder.name}.lock"):
+        write_folder(arguments, repository, folder)
+        chat = is_chat(history(arguments.model))
+        print(f"asked in a process with torch and transformers only, it answers: {answer(folder, chat=chat)!r}")
+        if arguments.dry_run:
+            print(f"nothing was uploaded; what would be is in {folder}")
+            return
+        commit = hub.upload(folder, repository, f"Upload {Path(arguments.model).resolve().name}")
+        shutil.rmtree(folder)
+        print(f"pushed in one commit: {commit.commit_url}")
 
 
 def write_folder(arguments: PushArguments, repository: str, folder: Path) -> None:

@@ -44,6 +44,16 @@ def take(folder: Path, name: str = NAME) -> Path:
 
 
 @contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """The lock of a part of a folder, as long as the block lasts."""
+    file = take(folder, name)
+    try:
+        yield
+    finally:
+        release(file)
+
+
+@contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process of this host at a time, where the file system knows such locks; nobody is waited for longer than for
     the few instructions that are done in here."""
