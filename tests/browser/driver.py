@@ -71,7 +71,13 @@ class Browser:
         return found[ELEMENT]
 
     def click(self, selector: str) -> None:
-        self.command("POST", f"element/{self.element(selector)}/click", {})
+        """As a person would, again if the page was drawn anew just then."""
+        for attempt in range(3):
+            try:
+                return self.command("POST", f"element/{self.element(selector)}/click", {})
+            except RuntimeError as error:
+                if attempt == 2 or "stale element" not in str(error):
+                    raise
 
     def press(self, text: str) -> None:
         """Clicks the last button with this text."""

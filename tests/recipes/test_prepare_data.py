@@ -22,6 +22,7 @@ from modeling_nanochat.recipes.data.shuffled_file import ShuffledFile
 from modeling_nanochat.recipes.data.wheels import WHEELS, check, fetch_wheels
 from modeling_nanochat.recipes.dpo import as_pair
 from modeling_nanochat.recipes.prepare_data import USES, DataArguments, prepare
+from tests.toys import digit_tokenizer
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
@@ -305,7 +306,8 @@ def test_pairs_of_answers_for_preferences(arguments, tmp_path):
     asked = [{pair["prompt"][0]["content"] for pair in split} for split in (train, validation)]
     assert len(train) > len(validation) > 5 and not asked[0] & asked[1]
     assert not asked[1] & {question(row) for row in read(pairs, "sft/train.jsonl")}
-    for pair in map(as_pair, train):
+    tokenizer = digit_tokenizer()
+    for pair in (as_pair(row, tokenizer) for row in train):
         chosen, rejected = (pair[name][0]["content"] for name in ("chosen", "rejected"))
         assert [part["type"] for part in chosen] == ["text", "python", "python_output", "text"]
         assert chosen[-1]["text"].strip() == rejected[-1]["text"].splitlines()[-1]  # the same answer

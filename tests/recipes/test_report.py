@@ -81,7 +81,7 @@ def test_the_rent_of_a_known_accelerator_is_the_cost(run):
         stage["machine"]["accelerators"] = ["NVIDIA H100 80GB HBM3"] * 8
         write_json(file, stage)
     text = write_report(ReportArguments(run=[str(run)])).read_text()
-    assert "| 1 min 30 s | $0.60 |" in text and "rents for orientation" in text
+    assert "| 1 min 30 s | $0.80 |" in text and "rents for orientation" in text
 
 
 def test_the_page_stands_alone(run):

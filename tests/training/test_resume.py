@@ -1,9 +1,11 @@
 """A run killed at any moment, also while saving, goes on from its last complete checkpoint to the very same weights."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +104,12 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         trainer.push_to_hub()
 
 
-def run(folder: Path, death: tuple = (), ranks: int = 1, **settings) -> list[int]:
+def run(folder: Path, death: tuple = (), ranks: int = 1, processes: BaseContext = PROCESSES, **settings) -> list[int]:
     """Exit codes of the ranks of a run."""
     port = free_port()
     settings = {"activation_dtype": "float32", "per_device_train_batch_size": 4 // ranks} | settings
     children = [
-        PROCESSES.Process(target=train, args=(str(folder), death, rank, ranks, port, settings), daemon=True)
+        processes.Process(target=train, args=(str(folder), death, rank, ranks, port, settings), daemon=True)
         for rank in range(ranks)
     ]
     for child in children:
@@ -209,7 +211,8 @@ def test_two_sharded_ranks_push_one_whole_model(tmp_path, monkeypatch):
         for name, value in client.items():
             monkeypatch.setenv(name, value)
         pushed = {"push_to_hub": True, "hub_model_id": f"{USER}/sharded", "hub_strategy": "every_save"}
-        assert run(tmp_path / "run", ranks=2, **FSDP, **pushed) == [0, 0]
+        fresh = multiprocessing.get_context("spawn")  # the others have imported the client, which asks the real Hub
+        assert run(tmp_path / "run", ranks=2, processes=fresh, **FSDP, **pushed) == [0, 0]
         assert hub.unknown == []
     *_, before, last = hub.repositories[f"{USER}/sharded"].commits
     assert before.title.startswith("Training in progress, step ")

@@ -123,7 +123,7 @@ def test_plan_prints_parameters_time_and_cost(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--depth", "20", "--gpus", "8", "--device", "H100"])
     plan.main()
     printed = capsys.readouterr().out
-    for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "29 $", "32 rows x 1"):
+    for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "38 $", "32 rows x 1"):
         assert expected in printed
     assert set(prices.DOLLARS_PER_HOUR) == set(devices.DEVICES)
     monkeypatch.setattr("sys.argv", ["plan", "--device", "abacus"])
