@@ -1,13 +1,16 @@
 """Chat in the terminal: the conversation kept and what of it fits, commands, bad input, interruptions."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -213,6 +216,12 @@ def test_a_dialogue_through_a_pipe(folder, monkeypatch, capsys):
         run_main(monkeypatch, capsys, "--model", str(folder / "nothing"))
 
 
+def take_terminal() -> None:
+    """In the child: the pseudo-terminal is its own, and Ctrl-C acts, which a suite in the background ignores."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_real_terminal(folder, tmp_path):
     """Line editing, history also of an earlier session, and Ctrl-C at the prompt, in a pseudo-terminal."""
@@ -223,7 +232,7 @@ def test_a_real_terminal(folder, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "modeling_nanochat.recipes.chat", "--model", str(folder), "--temperature", "0"],
         cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
         env=os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)},
     )  # fmt: skip
     os.close(theirs)

@@ -57,8 +57,12 @@ def test_a_signal_that_is_passed_on_is_one_and_a_later_one_acts_at_once(tmp_path
     monkeypatch.setattr(stopping, "SECONDS_OF_ONE_SIGNAL", -1.0)
     trainer = tiny_trainer(tmp_path, max_steps=6)
     trainer.add_callback(At(2, twice))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a suite in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
