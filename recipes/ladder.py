@@ -23,15 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from modeling_nanochat.recipes.command_line import parse, run
-from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, pretrain
+from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, planned, pretrain
+from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.recipes.stages.numbers import readable_number, readable_time
 from modeling_nanochat.recipes.stages.record import Stage, is_main_process, read_stage
 from modeling_nanochat.recipes.stages.tables import markdown_table
 from modeling_nanochat.training import devices, scaling
-from modeling_nanochat.training.optimizer.eras import era_of
+from modeling_nanochat.training.optimizer.sorting import attention_heads
+from modeling_nanochat.training.ranks import on_main_process
 from modeling_nanochat.training.whole_files import write_whole_file
 
 PROMPT_SHARE = 0.5  # of the context, for the time to the first token
@@ -154,24 +156,9 @@ def rung_settings(settings: RunSettings, depth: int, seed: int, flops: float | N
     )
 
 
-def planned_flops(settings: RunSettings, network: PreTrainedConfig) -> float:
-    """What a run of these settings will take."""
-    return scaling.plan_training(
-        network,
-        era=settings.config.optimizer_era or era_of(network),
-        aspect_ratio=settings.network.aspect_ratio,
-        batch_tokens=settings.horizon.total_batch_tokens,
-        max_steps=settings.config.max_steps if settings.config.max_steps > 0 else None,
-        target_flops=settings.horizon.target_flops,
-        tokens_per_parameter=settings.horizon.tokens_per_parameter,
-    ).flops
-
-
-def read_rung(settings: RunSettings) -> Rung | None:
-    """What a run came to, or None if it has not been finished."""
-    record = read_stage(settings.config.output_dir)
-    if record is None:
-        return None
+def read_rung(settings: RunSettings) -> Rung:
+    """What a finished run came to. The main process wrote the record, so only it may look."""
+    record = on_main_process(lambda: read_stage(settings.config.output_dir))
     results = record["results"]
     return Rung(
         settings.network.depth,
@@ -205,7 +192,7 @@ def climb(stage: Stage, runs: Sequence[tuple[RunSettings, float]], max_hours: fl
     pace = 0.0  # seconds a FLOP of the slowest run of this call; a larger network has a better one
     for settings, flops in runs:
         left = math.inf if max_hours is None else 3600 * max_hours - (time.time() - stage.started)
-        if pace * flops > left or left <= 0:
+        if on_main_process(lambda: pace * flops > left or left <= 0):  # noqa: B023 (called at once)
             stage.say(
                 f"{len(rungs)} of {len(runs)} runs are done and the next would take about "
                 f"{readable_time(pace * flops)}: the budget of {max_hours:g} h is used up; the same command goes on"
@@ -224,30 +211,34 @@ def climb(stage: Stage, runs: Sequence[tuple[RunSettings, float]], max_hours: fl
 @torch.inference_mode()
 def cost_of_use(folder: Path, depth: int) -> Use:
     """Times of the model in a folder: medians of a few tries after one that warms up."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, _ = load_for_inference(str(folder))
     context = model.config.max_position_embeddings
     answer_tokens = max(1, min(ANSWER_TOKENS, context // 4))
-    prompt = torch.ones(1, max(1, int(PROMPT_SHARE * context)), dtype=torch.long)  # (1, T)
+    prompt = torch.ones(1, max(1, int(PROMPT_SHARE * context)), dtype=torch.long, device=model.device)  # (1, T)
 
     def seconds(tokens: int) -> float:
         model.generation_config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
         begin = time.perf_counter()
         model.generate(prompt)
+        devices.synchronize(model.device)
         return time.perf_counter() - begin
 
     seconds(2)
     first = statistics.median(seconds(1) for _ in range(REPEATS))
     answer = statistics.median(seconds(1 + answer_tokens) for _ in range(REPEATS))
-    return Use(depth, first, (answer - first) / answer_tokens, bytes_of_a_token(model.config, context // 2))
+    bytes_each = model.get_output_embeddings().weight.element_size()
+    read = bytes_of_a_token(model.config, context // 2, bytes_each)
+    return Use(depth, first, (answer - first) / answer_tokens, read)
 
 
-def bytes_of_a_token(config: PreTrainedConfig, position: int, bytes_each: int = 4) -> int:
+def bytes_of_a_token(config: PreTrainedConfig, position: int, bytes_each: int) -> int:
     """What is read to make the token at a position: every weight that multiplies, a row of each table that is looked
     up, and the keys and values that the layers see."""
     counts = scaling.count_parameters(config)
     rows = (counts.token_embedding + counts.value_embeddings) // config.vocab_size
     seen = sum(position if window is None else min(window, position) for window in scaling.attention_windows(config))
-    cache = 2 * config.num_key_value_heads * config.head_dim * seen
+    _, key_value_heads, head_dim = attention_heads(config)
+    cache = 2 * key_value_heads * head_dim * seen
     return bytes_each * (scaling.multiplying_parameters(config) + counts.scalars + rows + cache)
 
 
@@ -366,7 +357,7 @@ def all_runs(
     for depth in ladder.depths:
         for seed in ladder.seeds:
             own = rung_settings(settings, depth, seed, given.get(depth))
-            runs.append((own, planned_flops(own, own.network.network(vocabulary))))
+            runs.append((own, planned(own, own.network.network(vocabulary)).flops))
     return sorted(runs, key=lambda each: each[1])
 
 

@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -199,24 +198,27 @@ class Settled:
         config.weight_decay = self.plan.weight_decay if config.weight_decay is None else config.weight_decay
 
 
+def planned(settings: RunSettings, network: PreTrainedConfig) -> scaling.TrainingPlan:
+    """What the settings and the shape alone say of a run; minutes and the machine are left to `settle`."""
+    config, horizon = settings.config, settings.horizon
+    return scaling.plan_training(
+        network,
+        era=config.optimizer_era or era_of(network),
+        aspect_ratio=settings.network.aspect_ratio,
+        batch_tokens=horizon.total_batch_tokens,
+        max_steps=config.max_steps if config.max_steps > 0 else None,
+        target_flops=horizon.target_flops,
+        tokens_per_parameter=horizon.tokens_per_parameter,
+    )
+
+
 def settle(settings: RunSettings, network: PreTrainedConfig, source: RowSource, checkpoint: str | None) -> Settled:
     """Settle batch, micro-batch, number of steps and decay from the settings, the shape and the machine.
 
     A run of so many minutes that is resumed keeps the number of steps it had, whatever this machine would do in them.
     """
-    config, horizon = settings.config, settings.horizon
-    make_plan = partial(
-        scaling.plan_training,
-        network,
-        era=config.optimizer_era,
-        aspect_ratio=settings.network.aspect_ratio,
-        tokens_per_parameter=horizon.tokens_per_parameter,
-    )
-    plan = make_plan(
-        batch_tokens=horizon.total_batch_tokens,
-        max_steps=config.max_steps if config.max_steps > 0 else None,
-        target_flops=horizon.target_flops,
-    )
+    config = settings.config
+    plan = planned(settings, network)
     rows = config.per_device_train_batch_size or memory.rows_that_fit(
         network,
         batch_tokens=plan.batch_tokens,
@@ -235,8 +237,7 @@ def settle(settings: RunSettings, network: PreTrainedConfig, source: RowSource, 
         possible = max(1, int(budget * SHARE_FOR_TRAINING / pace))
         seconds = budget if possible < steps else steps * pace / SHARE_FOR_TRAINING
         steps = min(steps, possible)
-    settled = make_plan(batch_tokens=plan.batch_tokens, max_steps=steps)
-    return Settled(settled, rows, accumulation, seconds, most_steps=plan.steps)
+    return Settled(dataclasses.replace(plan, steps=steps), rows, accumulation, seconds, most_steps=plan.steps)
 
 
 def seconds_per_micro_batch(network: PreTrainedConfig, config: PretrainConfig, rows: RowLoader) -> float:

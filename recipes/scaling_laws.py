@@ -19,6 +19,7 @@ import numpy as np
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, pretrain
 from modeling_nanochat.recipes.stages.record import Stage, read_stage
+from modeling_nanochat.training.ranks import on_main_process
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run_cell(settings: RunSettings, flops: float, depth: int) -> Cell:
             config=dataclasses.replace(settings.config, output_dir=str(folder)),
         )
     )
-    results = read_stage(folder)["results"]
+    results = on_main_process(lambda: read_stage(folder))["results"]  # which the main process wrote
     return Cell(flops, depth, results["scaling_parameters"], results["tokens"], results["validation_bits_per_byte"])
 
 

@@ -21,6 +21,7 @@ from modeling_nanochat.recipes.conversion.saved_folder import check_vocabulary, 
 from modeling_nanochat.recipes.conversion.upstream_tensors import Tensors
 from modeling_nanochat.tokenization_nanochat_gpt import ASSISTANT_END, BOS, SPLIT_PATTERN, special_token_ids
 from modeling_nanochat.training.architectures import ARCHITECTURES
+from modeling_nanochat.training.optimizer.sorting import attention_heads
 from modeling_nanochat.training.tokenizer import tiktoken_encoding
 from modeling_nanochat.training.whole_files import whole_folder
 
@@ -83,14 +84,14 @@ def write_gguf(
 
 
 def add_shape(writer: Any, config: PreTrainedConfig) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, key_value_heads, head_dim = attention_heads(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -101,7 +102,7 @@ def add_shape(writer: Any, config: PreTrainedConfig) -> None:
 def neighbouring_pairs(name: str, tensor: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """Queries' and keys' rows in the order in which llama.cpp turns them: channel i of a head's first half beside
     channel i of the second."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = dict(zip(("q_proj", "k_proj"), attention_heads(config)))
     projection = next((each for each in heads if f".{each}." in name), None)
     if projection is None:
         return tensor

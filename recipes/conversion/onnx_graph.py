@@ -24,6 +24,7 @@ from transformers import logging as transformers_logging
 
 from modeling_nanochat.recipes.conversion import saved_folder
 from modeling_nanochat.training.architectures import ARCHITECTURES, NANOCHAT
+from modeling_nanochat.training.optimizer.sorting import attention_heads
 from modeling_nanochat.training.whole_files import whole_folder
 
 EXPORTED = (NANOCHAT, "nanochat", *ARCHITECTURES)  # ours, Transformers' own class, stock ones
@@ -77,9 +78,9 @@ def sample(config: PreTrainedConfig) -> dict[str, Any]:
     """Inputs that show the exporter which sizes may change: two rows of two new tokens after three in the cache."""
     rows, new, before = 2, 2, 3
     cache = DynamicCache(config=without_windows(config))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, key_value_heads, head_dim = attention_heads(config)
     for layer in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, rows, config.num_key_value_heads, before, head_dim)
+        keys, values = torch.randn(2, rows, key_value_heads, before, head_dim)
         cache.update(keys, values, layer)
     if getattr(config, "smear_channels", 0):
         cache.update_conv_state(torch.randn(rows, config.hidden_size, 1), 0, conv_kernel_size=1)

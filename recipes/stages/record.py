@@ -165,7 +165,7 @@ def read_stages(run: Path) -> list[dict[str, Any]]:
     files = sorted(run.glob(f"*/{FILE_NAME}"))
     records = [record | {"folder": file.parent.name} for file in files if (record := read_json(file)) is not None]
     if not records:
-        others = f" ({', '.join(unfinished_stages(run))})" if run.is_dir() and unfinished_stages(run) else ""
+        others = f" ({', '.join(found)})" if run.is_dir() and (found := unfinished_stages(run)) else ""
         raise ValueError(f"no stage has been finished in {run}{others}; expected at least one {run}/*/{FILE_NAME}")
     return records
 

@@ -45,7 +45,7 @@ def test_bytes_of_a_token_are_those_of_the_tensors_that_are_read():
     looked_up = sum(table.weight.numel() for table in tables)
     weights = sum(each.numel() for each in model.parameters()) - looked_up * 63 // 64
     cache = 2 * config.num_key_value_heads * 32 * (16 + 16)  # both layers see 16 positions, within their windows
-    assert bytes_of_a_token(config, 16) == 4 * (weights + cache)
+    assert bytes_of_a_token(config, 16, 4) == 4 * (weights + cache)
 
 
 def climb(monkeypatch, groups, **changes) -> None:

@@ -84,9 +84,7 @@ class MuonTrainerMixin:
             Stopped: a signal came before the last step.
             ValueError: a loss or a weight is not finite.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = latest_checkpoint(self.args.output_dir)
+        checkpoint = self.named_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
             if state.global_step >= self.planned_steps:  # killed between the last checkpoint and the end
@@ -110,6 +108,12 @@ class MuonTrainerMixin:
             raise Stopped(stop.number, self.state.global_step, self.state.max_steps)
         refuse_weights_that_are_no_numbers(self)
         return output
+
+    def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint meant; True is the latest in `output_dir`, if there is one."""
+        if resume_from_checkpoint is True:
+            return latest_checkpoint(self.args.output_dir)
+        return resume_from_checkpoint or None
 
     def save_end(self) -> None:
         """A checkpoint of the step that was reached, unless there is one."""

@@ -25,7 +25,7 @@ from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.architectures import is_nanochat, whole_rows
 from modeling_nanochat.training.data.row_loader import RowLoader
 from modeling_nanochat.training.optimizer.eras import optimizer_era, pretraining_schedules
-from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin, latest_checkpoint
+from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.settings import COMMON, MuonArguments, check_range
 
@@ -294,9 +294,7 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train, from a checkpoint if one is named; True means the latest in `output_dir` if there is one."""
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = latest_checkpoint(self.args.output_dir)
+        checkpoint = self.named_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
             self.rows.load(checkpoint)
         with exact_sums(bool(self.args.torch_compile) and self.args.device.type == "cpu"):
