@@ -7,20 +7,24 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from modeling_nanochat.recipes import chat
 from modeling_nanochat.recipes.chat import Chat, ChatArguments, obey
+from modeling_nanochat.recipes.serve import ServeArguments, serve
 from modeling_nanochat.recipes.serving.engine import Engine
 from modeling_nanochat.recipes.stages.folder import load_for_inference
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, render_conversation, special_token_ids
+from modeling_nanochat.training.whole_files import write_json
 from tests.toys import CHAT_CONTEXT, COUNT, COUNT_ANSWER, HELLO, HELLO_ANSWER, SUM, SUM_ANSWER, save_chat_model
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +220,16 @@ def test_a_dialogue_through_a_pipe(folder, monkeypatch, capsys):
         run_main(monkeypatch, capsys, "--model", str(folder / "nothing"))
 
 
+def test_a_model_that_is_not_as_its_stage_left_it_neither_chats_nor_serves(folder, tmp_path, monkeypatch, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "model")
+    write_json(damaged / "stage.json", {"name": "sft", "files": {"model.safetensors": "0" * 64}})
+    message = "is not as the stage sft left it: model.safetensors has changed"
+    with pytest.raises(ValueError, match=message):
+        run_main(monkeypatch, capsys, "--model", str(damaged), "--prompt", SUM)
+    with pytest.raises(ValueError, match=message):
+        serve(ServeArguments(model=str(damaged), port=0), on_ready=print)
+
+
 def take_terminal() -> None:
     """In the child: the pseudo-terminal is its own, and Ctrl-C acts, which a suite in the background ignores."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -223,72 +237,76 @@ def take_terminal() -> None:
 
 
 @pytest.mark.slow
+class Terminal:
+    """A chat in a pseudo-terminal, and what a person at it sees and types."""
+
+    def __init__(self, folder: Path, state: Path):
+        self.seen = ""
+        self.ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "modeling_nanochat.recipes.chat", "--model", str(folder), "--temperature", "0"],
+            cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            preexec_fn=take_terminal,
+            env=os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(state)},
+        )  # fmt: skip
+        os.close(theirs)
+
+    def comes(self, text: str, times: int = 1, seconds: float = 120) -> bool:
+        while self.seen.count(text) < times and select.select([self.ours], [], [], seconds)[0]:
+            self.seen += os.read(self.ours, 10_000).decode(errors="replace").replace("\r", "")
+        return self.seen.count(text) >= times
+
+    def until(self, text: str, times: int = 1) -> None:
+        assert self.comes(text, times), f"nothing comes; {text!r} is not in {self.seen!r}"
+
+    def type(self, keys: str) -> None:
+        os.write(self.ours, keys.encode())
+
+    def interrupt(self, begun: str, answered: Callable[[], bool]) -> None:
+        """Ctrl-C in a line that has been begun. Python can miss one that comes before it waits for keys: then again, as
+        a person would."""
+        self.type(begun)
+        self.until(begun)
+        for _ in range(5):
+            self.type("\x03")
+            if answered():
+                return
+        raise AssertionError(f"Ctrl-C is not answered: {self.seen!r}")
+
+    def ends(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
+        return self.process.poll() is not None
+
+    def close(self) -> None:
+        self.process.kill()
+        os.close(self.ours)
+
+
 def test_a_real_terminal(folder, tmp_path):
-    """Line editing, history also of an earlier session, and Ctrl-C at the prompt, in a pseudo-terminal."""
+    """Line editing, history also of an earlier session, and Ctrl-C at the prompt."""
     history = tmp_path / "nanochat" / "chat_history"
     history.parent.mkdir()
     history.write_text("/before\n")
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modeling_nanochat.recipes.chat", "--model", str(folder), "--temperature", "0"],
-        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=take_terminal,
-        env=os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)},
-    )  # fmt: skip
-    os.close(theirs)
-    seen = ""
-
-    def comes(text: str, times: int = 1, seconds: float = 120) -> bool:
-        nonlocal seen
-        while seen.count(text) < times and select.select([ours], [], [], seconds)[0]:
-            seen += os.read(ours, 10_000).decode(errors="replace").replace("\r", "")
-        return seen.count(text) >= times
-
-    def until(text: str, times: int = 1) -> None:
-        assert comes(text, times), f"nothing comes; {text!r} is not in {seen!r}"
-
-    def send(text: str) -> None:
-        os.write(ours, text.encode())
-
-    def interrupt(key: str, answer: str, times: int) -> None:
-        """Ctrl-C in a line that has been begun. Python can miss one that comes before it waits for keys: then again, as
-        a person would."""
-        send(key)
-        until(key)
-        for _ in range(5):
-            send("\x03")
-            if comes(answer, times, seconds=20):
-                return
-        raise AssertionError(f"Ctrl-C is not answered: {seen!r}")
-
-    try:
-        until("You: ")
-        send("\x1b[A\n")  # the last line of the session before
-        until("there is no command /before")
-        until("You: ", 2)
-        send("Helxo\x1b[D\x1b[D\x1b[3~l\n")  # twice left, delete the x, and the l that was missing
-        until(f"Assistant: {HELLO_ANSWER}")
-        until("You: ", 3)
-        send("\x1b[A\n")  # the line before, again
-        until("Assistant: ", 2)
-        until("You: ", 4)
-        interrupt("first", "(Ctrl-C again leaves", 1)
-        until("You: ", 5)
-        send("/nonsense\n")
-        until("there is no command /nonsense")
-        until("You: ", 6)
-        interrupt("second", "(Ctrl-C again leaves", 2)
-        until("You: ", 7)
-        send("third")
-        until("third")
-        for _ in range(5):
-            send("\x03")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-                break
-        assert process.poll() == 0
-        assert history.stat().st_mode & 0o777 == 0o600
-        assert history.read_text().splitlines()[:3] == ["/before", "Hello", "/nonsense"]
-    finally:
-        process.kill()
-        os.close(ours)
+    with contextlib.closing(Terminal(folder, tmp_path)) as terminal:
+        terminal.until("You: ")
+        terminal.type("\x1b[A\n")  # the last line of the session before
+        terminal.until("there is no command /before")
+        terminal.until("You: ", 2)
+        terminal.type("Helxo\x1b[D\x1b[D\x1b[3~l\n")  # twice left, delete the x, and the l that was missing
+        terminal.until(f"Assistant: {HELLO_ANSWER}")
+        terminal.until("You: ", 3)
+        terminal.type("\x1b[A\n")  # the line before, again
+        terminal.until("Assistant: ", 2)
+        terminal.until("You: ", 4)
+        terminal.interrupt("first", lambda: terminal.comes("(Ctrl-C again leaves", 1, seconds=20))
+        terminal.until("You: ", 5)
+        terminal.type("/nonsense\n")
+        terminal.until("there is no command /nonsense")
+        terminal.until("You: ", 6)
+        terminal.interrupt("second", lambda: terminal.comes("(Ctrl-C again leaves", 2, seconds=20))
+        terminal.until("You: ", 7)
+        terminal.interrupt("third", terminal.ends)
+        assert terminal.process.returncode == 0
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert history.read_text().splitlines()[:3] == ["/before", "Hello", "/nonsense"]

@@ -1,14 +1,21 @@
 """The ladder: its curve and multipliers on made-up runs whose law is known, and a tiny one climbed in two calls."""
 
 import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes import ladder
 from modeling_nanochat.recipes.ladder import Curve, LadderArguments, Rung, bytes_of_a_token, multipliers
-from modeling_nanochat.recipes.stages.record import read_stage
+from modeling_nanochat.recipes.stages.record import is_main_process, read_json, read_stage
+from modeling_nanochat.training.whole_files import write_json
+from tests.ranks import run_two_ranks
 from tests.recipes.test_pretrain_recipe import folder, settings  # noqa: F401 (a fixture)
 
 
@@ -74,6 +81,36 @@ def test_ladder_goes_on_after_its_budget_and_a_second_one_has_its_flops(folder, 
     capsys.readouterr()
     climb(monkeypatch, groups, depths=[1, 2], seeds=[0], reference=str(tmp_path / "seed"))
     assert "already done" in capsys.readouterr().out
+
+
+def climb_on_each_rank(place: Path) -> None:
+    """A stand-in for training: the main process writes its record late, and the other one's clock says that the budget
+    is used up."""
+
+    def train(settings: SimpleNamespace) -> None:
+        if is_main_process():
+            time.sleep(0.3)
+            results = {"flops": 1.0, "parameters": 1, "tokens": 1, "validation_bits_per_byte": 2.0}
+            write_json(Path(settings.config.output_dir) / "stage.json", {"results": results, "seconds": 1.0})
+
+    PartialState(cpu=True)
+    ladder.pretrain = train
+    hours = 0 if is_main_process() else 10
+    ladder.time = SimpleNamespace(time=lambda: time.time() + 3600 * hours)
+    runs = []
+    for seed in (0, 1):
+        config = SimpleNamespace(output_dir=str(place / f"seed_{seed}"), seed=seed)
+        runs.append((SimpleNamespace(network=SimpleNamespace(depth=1), config=config), 1.0))
+    stage = SimpleNamespace(started=time.time(), say=lambda text: None)
+    found = ladder.climb(stage, runs, max_hours=1)
+    write_json(place / f"rank_{os.environ['RANK']}.json", {"seeds": [each.seed for each in found]})
+
+
+def test_on_two_ranks_the_main_process_reads_and_decides(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"seed_{seed}").mkdir()
+    run_two_ranks(climb_on_each_rank, tmp_path)
+    assert [read_json(tmp_path / f"rank_{rank}.json") for rank in (0, 1)] == [{"seeds": [0, 1]}] * 2
 
 
 @pytest.mark.parametrize(
