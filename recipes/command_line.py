@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from modeling_nanochat.recipes.stages.record import is_main_process
+from modeling_nanochat.training.ranks import meet
 from modeling_nanochat.training.trainers.settings import unused_settings
 from modeling_nanochat.training.trainers.stopping import Stopped
 
@@ -35,6 +36,7 @@ def run(recipe: Callable[[], None]) -> None:
     # TRL sets what Transformers calls deprecated: nothing that a user of a recipe could mend.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     try:
+        meet()
         recipe()
     except Stopped as stopped:
         if is_main_process():

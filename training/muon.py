@@ -9,16 +9,18 @@ price against this project's own trainers is that under DDP every process keeps 
 work: a Trainer saves the state of its first process only, which must not be a part.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import is_initialized
 from torch import nn
 
 from modeling_nanochat.training.optimizer.matrices import WHOLE, Split
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.sorting import KINDS, MATRIX, SortedParameter, sort_parameters
+from modeling_nanochat.training.ranks import check_that_ranks_met
 
 ADAMW_EPSILON = 1e-8  # the usual one
 NAMES_SHOWN = 3  # of each doubt
@@ -90,12 +92,7 @@ def is_first_process() -> bool:
             GPUs that was not told to use the CPU.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > size:
-        raise ValueError(
-            f"{launched} processes were launched, but this one trains by itself; expected torch.distributed to be set "
-            "up: on a machine without GPUs by TrainingArguments(use_cpu=True)"
-        )
+    check_that_ranks_met(PartialState().num_processes if is_initialized() else size)  # a Trainer goes by its own count
     return rank == 0
 
 

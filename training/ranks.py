@@ -9,12 +9,37 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 Row, Result = TypeVar("Row"), TypeVar("Result")
+
+
+def meet() -> None:
+    """Let the processes that torchrun started on a machine without GPUs know one another. Untold, Accelerate takes each
+    for the only one, and all would do the same work into the same folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for the Accelerators and training arguments to come
+        PartialState(cpu=True)
+
+
+def check_that_ranks_met(processes: int) -> None:
+    """
+    Args:
+        processes: those that work together, as the caller knows it.
+
+    Raises:
+        ValueError: more than these were launched, so that each would train by itself.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > processes:
+        raise ValueError(
+            f"{launched} processes were launched, but this one trains by itself; expected torch.distributed to be set "
+            "up: on a machine without GPUs by TrainingArguments(use_cpu=True)"
+        )
 
 
 def over_ranks(

@@ -26,6 +26,7 @@ from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler, Schedule
+from modeling_nanochat.training.ranks import check_that_ranks_met
 from modeling_nanochat.training.trainers.checkpoints import latest_checkpoint
 from modeling_nanochat.training.trainers.progress_line import show_progress_line
 from modeling_nanochat.training.trainers.stopping import (
@@ -60,6 +61,7 @@ class MuonTrainerMixin:
         return self.args.optimizer_era or era_of(self.model.config)
 
     def set_up_muon(self, activation_dtype: str) -> None:
+        check_that_ranks_met(self.args.world_size)
         self.activation_dtype = choose_dtype(activation_dtype, self.args.device, "activation_dtype")
         model = self.accelerator.unwrap_model(self.model)
         run_activations_in(model, self.activation_dtype, self.args.device)
