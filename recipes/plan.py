@@ -3,9 +3,10 @@
     nanochat plan --depth 20 --gpus 8 --device H100
     nanochat plan --table 4 8 12 16 20 24 26 32
 
-Nothing is built and no device is needed: everything follows by formula from the depth (`training/scaling.py`). Time and
-cost rest on an assumed utilisation, memory on counts of what a compiled step keeps: good to about a quarter, enough to
-choose a depth, a device and a batch.
+Nothing is built and no device is needed: everything follows by formula from the depth (`training/scaling.py`). Time is
+that of kernels and links on a clock (`training/step_time.py`; within a tenth of upstream's published runs on H100s, an
+estimate elsewhere), for a compiled step and training alone; memory is by counts of what such a step keeps. Enough to
+choose a depth, a device, how many of them, and a batch.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +17,8 @@ from transformers import PreTrainedConfig
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.stages.numbers import readable_time
-from modeling_nanochat.recipes.stages.prices import DOLLARS_PER_HOUR, RENTS
-from modeling_nanochat.training import devices, memory, scaling
+from modeling_nanochat.recipes.stages.prices import ORIENTATION, RENTS
+from modeling_nanochat.training import devices, memory, scaling, step_time
 from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.optimizer.sorting import attention_heads
 
@@ -37,9 +38,8 @@ class PlanArguments(NetworkArguments, HorizonArguments):
         default_factory=list,
         metadata={"help": "Depths to compare in a Markdown table of parameters and FLOPs, instead of planning a run."},
     )
-    utilisation: float = field(
-        default=devices.EXPECTED_UTILISATION["cuda"],
-        metadata={"help": "Share of a device's data sheet that training is expected to reach."},
+    fp8: bool = field(
+        default=False, metadata={"help": "Matrix products in float8, on devices that have it (pretraining's --fp8)."}
     )
 
 
@@ -79,24 +79,41 @@ def describe_plan(config: PreTrainedConfig, plan: scaling.TrainingPlan) -> str:
     return "\n".join(lines)
 
 
+def step_on(name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, gpus: int, fp8: bool) -> tuple[int, float]:
+    """Rows of a micro-batch on so many devices, and the step's time with them.
+
+    Raises:
+        ValueError: it does not fit, or has no float8 though it should; the message says so.
+    """
+    device = devices.DEVICES[name]
+    if fp8 and not device.float8:
+        able = ", ".join(name for name, device in devices.DEVICES.items() if device.float8)
+        raise ValueError(f"{name} multiplies no float8; expected one of {able}, or no --fp8")
+    rows = memory.planned_rows(
+        config,
+        batch_tokens=plan.batch_tokens,
+        sequence_length=config.max_position_embeddings,
+        world_size=gpus,
+        memory_bytes=int(memory.USABLE_MEMORY * device.memory_bytes),
+        dtype=torch.bfloat16,
+    )
+    return rows, step_time.step_time(
+        config, batch_tokens=plan.batch_tokens, rows=rows, device=device, gpus=gpus, float8=fp8
+    )
+
+
 def describe_device(
-    name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, gpus: int, utilisation: float
+    name: str,
+    config: PreTrainedConfig,
+    plan: scaling.TrainingPlan,
+    gpus: int,
+    rows: int,
+    step: step_time.StepTime,
 ) -> str:
-    """One line of the table of devices: micro-batch, memory, time and cost, or why it does not fit."""
+    """One line of the table of devices: time, cost, micro-batch and memory."""
     device, length = devices.DEVICES[name], config.max_position_embeddings
-    seconds = plan.flops / (device.bfloat16_flops_per_second * utilisation * gpus)
-    dollars = seconds / 3600 * gpus * DOLLARS_PER_HOUR[name]
-    try:
-        rows = memory.planned_rows(
-            config,
-            batch_tokens=plan.batch_tokens,
-            sequence_length=length,
-            world_size=gpus,
-            memory_bytes=int(memory.USABLE_MEMORY * device.memory_bytes),
-            dtype=torch.bfloat16,
-        )
-    except ValueError as error:
-        return f"{name:>10}  {error}"
+    seconds = plan.steps * step.seconds
+    dollars = seconds / 3600 * gpus * RENTS[name].dollars
     needed = memory.memory_per_device(config, rows, length, gpus, torch.bfloat16)
     steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
     parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items() if size)
@@ -104,6 +121,20 @@ def describe_device(
         f"{name:>10}  {readable_time(seconds):>12}  {dollars:>9,.0f} $  {rows:>3} rows x {steps:<3} "
         f" {sum(needed.values()) / 1e9:>5.1f} of {device.memory_bytes / 1e9:.0f} GB ({parts})"
     )
+
+
+def describe_step(name: str, plan: scaling.TrainingPlan, gpus: int, step: step_time.StepTime) -> str:
+    """One line of the table of parts: a step's time, what it reaches of the data sheet, and where the time goes."""
+    peak = devices.DEVICES[name].bfloat16_flops_per_second * gpus
+    reached = plan.flops_per_token * plan.batch_tokens / step.seconds / peak
+    cells = [f"{1000 * step.seconds:,.1f}", f"{reached:.0%}"]
+    cells += [f"{seconds / step.seconds:.1%}" for seconds in step.parts.values()]
+    widths = [len(heading) for heading in step_headings(step)]
+    return f"{name:>10}  " + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths))
+
+
+def step_headings(step: step_time.StepTime) -> list[str]:
+    return ["ms a step", "of data sheet", *step.parts]
 
 
 def table_of_depths(arguments: PlanArguments) -> str:
@@ -129,13 +160,30 @@ def main() -> None:
     if arguments.table:
         print(table_of_depths(arguments))
         return
+    if arguments.gpus < 1:
+        raise ValueError(f"gpus={arguments.gpus}, expected at least 1")
     if arguments.device is not None and arguments.device not in devices.DEVICES:
         raise ValueError(f"device={arguments.device!r}, expected one of {', '.join(devices.DEVICES)}")
     config, plan = plan_of(arguments)
     print(describe_plan(config, plan))
-    print(f"\non {arguments.gpus} devices at {arguments.utilisation:.0%} utilisation ({RENTS}):")
-    for name in [arguments.device] if arguments.device else devices.DEVICES:
-        print(describe_device(name, config, plan, arguments.gpus, arguments.utilisation))
+    print(describe_devices(config, plan, arguments))
+
+
+def describe_devices(config: PreTrainedConfig, plan: scaling.TrainingPlan, arguments: PlanArguments) -> str:
+    """Time, cost and memory on each device, or why it does not fit, and where the time of a step goes."""
+    names = [arguments.device] if arguments.device else list(devices.DEVICES)
+    lines, parts = [f"\non {arguments.gpus} devices, training alone ({ORIENTATION}):"], []
+    for name in names:
+        try:
+            rows, step = step_on(name, config, plan, arguments.gpus, arguments.fp8)
+        except ValueError as error:
+            lines.append(f"{name:>10}  {error}")
+            continue
+        lines.append(describe_device(name, config, plan, arguments.gpus, rows, step))
+        parts.append(describe_step(name, plan, arguments.gpus, step))
+    if parts:
+        lines += ["\nwhere the time goes:", " " * 12 + "  ".join(step_headings(step)), *parts]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from modeling_nanochat.recipes.stages.anchors import core_of_models, draw_anchor
 from modeling_nanochat.recipes.stages.comparison import compare
 from modeling_nanochat.recipes.stages.curves import draw_curves
 from modeling_nanochat.recipes.stages.numbers import readable_time
-from modeling_nanochat.recipes.stages.prices import RENTS, dollars_per_hour
+from modeling_nanochat.recipes.stages.prices import ORIENTATION, dollars_per_hour
 from modeling_nanochat.recipes.stages.record import read_stages, unfinished_stages
 from modeling_nanochat.recipes.stages.sections import TITLES, Record, label, number, readable, section, title
 from modeling_nanochat.recipes.stages.tables import figure_text, markdown_table
@@ -154,7 +154,10 @@ def summary(name: str, records: Sequence[Record], arguments: ReportArguments) ->
     if arguments.price_per_hour is not None:
         lines += ["", f"Costs are time times {arguments.currency}{arguments.price_per_hour:g} an hour."]
     elif "Cost" in header:
-        lines += ["", f"Costs are time times the accelerator's rent ({RENTS}); `--price_per_hour` sets another price."]
+        lines += [
+            "",
+            f"Costs are time times the accelerator's rent ({ORIENTATION}); `--price_per_hour` sets another price.",
+        ]
     else:
         lines += ["", "Costs are not known: no price was given (`--price_per_hour`)."]
     if left_out := unfinished_stages(Path(name)):

@@ -59,24 +59,38 @@ def choose_dtype(wanted: str | torch.dtype, device: torch.device | str, setting:
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator: dense bfloat16 FLOP/s of its data sheet, and memory in bytes."""
+    """An accelerator by its data sheet: dense bfloat16 FLOP/s, memory in bytes, bytes/s of that memory, bytes/s one way
+    of the link to its neighbours in a node, and whether it multiplies float8 (e4m3fn and e5m2) at twice the rate.
+
+    `sustained` is not from there: of the rate that single products reach on an H100, as a share of the data sheet, how
+    much is left through a whole step, under its power and heat (`training/step_time.py`). It is fitted to one run of
+    upstream's code: on H100 to its first record, on A100 to 0.992 s for a step of the launch's d20 on eight of them
+    (its pull request 147). Elsewhere it is the H100's, for want of a run.
+    """
 
     bfloat16_flops_per_second: float
     memory_bytes: int
+    memory_bytes_per_second: float
+    link_bytes_per_second: float
+    float8: bool
+    sustained: float = 0.91
 
 
-# The makers' data sheets, dense, for the part named. Keys are looked for in the name that torch reports, in this order.
+# The makers' data sheets, dense, for the part named; links: NVLink, Infinity Fabric, or 16 lanes of PCI Express.
+# Keys are looked for in the name that torch reports, in this order.
 DEVICES = {
-    "B200": Device(2250e12, 180 * 10**9),
-    "H200": Device(989.5e12, 141 * 10**9),
-    "H100 PCIe": Device(756e12, 80 * 10**9),
-    "H100": Device(989.5e12, 80 * 10**9),
-    "A100": Device(312e12, 80 * 10**9),
-    "MI300X": Device(1307.4e12, 192 * 10**9),
-    "L40S": Device(362e12, 48 * 10**9),
-    "RTX 5090": Device(209.5e12, 32 * 10**9),
-    "RTX 4090": Device(165.2e12, 24 * 10**9),
-    "RTX 3090": Device(71e12, 24 * 10**9),
+    "B200": Device(2250e12, 180 * 10**9, 8e12, 900e9, True),
+    "H200": Device(989.5e12, 141 * 10**9, 4.8e12, 450e9, True),
+    "H100 PCIe": Device(756e12, 80 * 10**9, 2.0e12, 64e9, True),
+    "H100": Device(989.5e12, 80 * 10**9, 3.35e12, 450e9, True),
+    "A100": Device(
+        312e12, 80 * 10**9, 2.039e12, 300e9, False, sustained=1.21
+    ),  # fitted: d20 of the launch, eight of them, 0.992 s a step
+    "MI300X": Device(1307.4e12, 192 * 10**9, 5.3e12, 448e9, False),  # its float8 is another one (fnuz)
+    "L40S": Device(362e12, 48 * 10**9, 0.864e12, 32e9, True),
+    "RTX 5090": Device(209.5e12, 32 * 10**9, 1.792e12, 64e9, True),
+    "RTX 4090": Device(165.2e12, 24 * 10**9, 1.008e12, 32e9, True),
+    "RTX 3090": Device(71e12, 24 * 10**9, 0.936e12, 32e9, False),
 }
 
 # Share of `peak_flops_per_second` that training is expected to reach, for the announced time. Upstream's d24 took 3.04

@@ -3,17 +3,19 @@
 import matplotlib.pyplot as plt
 from drawing import BLUE, GREEN, GREY, RED, YELLOW, save
 
-from modeling_nanochat.recipes.plan import PlanArguments, plan_of
+from modeling_nanochat.recipes.plan import PlanArguments, plan_of, step_on
 from modeling_nanochat.recipes.stages import prices
 
 DEPTHS = (4, 8, 12, 16, 20, 24, 28, 32)
-FLOPS_PER_SECOND = 8 * 989.5e12 * 0.4  # eight H100 by their data sheet, two fifths of it reached
-DOLLARS_PER_HOUR = 8 * prices.DOLLARS_PER_HOUR["H100"]
+DOLLARS_PER_HOUR = 8 * prices.RENTS["H100"].dollars
 
 
 def main() -> None:
-    plans = {depth: plan_of(PlanArguments(depth=depth))[1] for depth in DEPTHS}
-    hours = {depth: plan.flops / FLOPS_PER_SECOND / 3600 for depth, plan in plans.items()}
+    plans, hours = {}, {}
+    for depth in DEPTHS:
+        config, plans[depth] = plan_of(PlanArguments(depth=depth))
+        step = step_on("H100", config, plans[depth], 8, fp8=False)[1]
+        hours[depth] = plans[depth].steps * step.seconds / 3600
     print("hours:", {depth: round(value, 2) for depth, value in hours.items()})
     print("dollars:", {depth: round(value * DOLLARS_PER_HOUR, 1) for depth, value in hours.items()})
     figure, (parameters, cost) = plt.subplots(1, 2, figsize=(10, 3.4))

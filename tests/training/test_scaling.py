@@ -1,6 +1,7 @@
 """The depth dial: formulas equal what real models hold, upstream's own plans come out exactly, errors explain."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,14 @@ def test_plan_prints_parameters_time_and_cost(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--depth", "20", "--gpus", "8", "--device", "H100"])
     plan.main()
     printed = capsys.readouterr().out
-    for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 12 min", "38 $", "32 rows x 1"):
+    for expected in ("896,535,720", "4,569,169,920", "8,715", "1.373e+19", "1 h 00 min", "32 $", "32 rows x 1"):
         assert expected in printed
-    assert set(prices.DOLLARS_PER_HOUR) == set(devices.DEVICES)
+    assert "where the time goes:" in printed and "exchange not hidden" in printed and "48%" in printed.splitlines()[-1]
+    assert set(prices.RENTS) == set(devices.DEVICES)
+    assert all(date.fromisoformat(rent.day) and rent.source for rent in prices.RENTS.values())
+    monkeypatch.setattr("sys.argv", ["plan", "--device", "A100", "--fp8"])
+    plan.main()
+    assert "A100 multiplies no float8; expected one of B200, H200" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["plan", "--device", "abacus"])
     with pytest.raises(ValueError, match="'abacus', expected one of B200"):
         plan.main()

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from modeling_nanochat.training.devices import parse_dtype
 from modeling_nanochat.training.optimizer.matrices import Split
-from modeling_nanochat.training.optimizer.shards import ALONE, AdamWTensors, MuonStack, can_compile, find_ranks
+from modeling_nanochat.training.optimizer.shards import (
+    ALONE,
+    AdamWTensors,
+    MuonStack,
+    Ranks,
+    can_compile,
+    find_ranks,
+)
 from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIENTS
 
 MUON_DEFAULTS: dict[str, Any] = {
@@ -87,7 +94,7 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._layout is None:
-            self._layout = self._build_layout()
+            self._layout = self.layout(self._ranks())
             for part in self._layout:
                 part.take_state(self.state)
         for part in self._layout:
@@ -125,7 +132,7 @@ class MuonAdamW(torch.optim.Optimizer):
             return state_dict  # nothing to cut, or something that the parent class refuses
         key_of = dict(zip(parameters, keys))
         own = {}
-        for part in self._build_layout():
+        for part in self.layout(self._ranks()):
             for parameter, rows in part.owned_rows():
                 key = key_of[parameter]
                 if key not in state_dict["state"]:
@@ -136,9 +143,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 own[key] = cut_entry(state_dict["state"][key], parameter, rows)
         return state_dict | {"state": own}
 
-    def _build_layout(self) -> "list[MuonStack | AdamWTensors]":
+    def _ranks(self) -> Ranks:
+        return find_ranks(self.process_group) if self.shared else ALONE
+
+    def layout(self, ranks: Ranks) -> "list[MuonStack | AdamWTensors]":
         """Deal the parameters to the ranks: a part for each shape of Muon matrices, and for each AdamW group."""
-        ranks = find_ranks(self.process_group) if self.shared else ALONE
         layout: list[MuonStack | AdamWTensors] = []
         for index, group in enumerate(self.param_groups):
             if not group["use_muon"]:
