@@ -14,6 +14,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pathlib import Path
 WORDS = "the a of king queen castle river mountain says goes sees dark bright garden winter quiet bridge"
 RECIPES = ("prepare_data", "train_tokenizer", "pretrain", "sft", "rl", "dpo", "evaluate", "push", "report")
 PROCESSES = multiprocessing.get_context("forkserver")
+# Starting a process asks all others for their codes, and of two that ask at once one is told 255 (CPython 3.11).
+ASKING = threading.Lock()
 PROCESSES.set_forkserver_preload([f"modeling_nanochat.recipes.{recipe}" for recipe in RECIPES])
 TRAIN = "--use_cpu true --disable_tqdm true --polar_dtype float32 --save_strategy steps --save_steps 3"
 PRETRAIN = (
@@ -92,11 +95,17 @@ class Command:
                 PROCESSES.Process(target=be_the_command, args=(recipe, list(arguments), own, self.steps, environment))
             )
         for process in self.processes:
-            process.start()
+            with ASKING:
+                process.start()
+
+    def codes(self) -> list[int | None]:
+        """The exit code of each process; None of one that runs."""
+        with ASKING:
+            return [process.exitcode for process in self.processes]
 
     @property
     def runs(self) -> bool:
-        return any(process.exitcode is None for process in self.processes)
+        return None in self.codes()
 
     @property
     def begun(self) -> bool:
@@ -108,8 +117,8 @@ class Command:
         return int(text or 0)
 
     def send(self, number: signal.Signals) -> None:
-        for process in self.processes:
-            if process.exitcode is None:
+        for process, code in zip(self.processes, self.codes()):
+            if code is None:
                 os.kill(process.pid, number)
 
     def kill(self) -> None:
@@ -120,14 +129,14 @@ class Command:
         """Exit code and everything printed by the first rank. When one rank fails the others go, as under torchrun."""
         end = time.time() + seconds
         while self.runs and time.time() < end:
-            if any(process.exitcode for process in self.processes):
+            if any(self.codes()):
                 end = min(end, time.time() + 10)
             time.sleep(0.02)
         hung = self.runs
         self.send(signal.SIGKILL)
-        for process in self.processes:
-            process.join()
-        codes = [process.exitcode for process in self.processes]
+        while self.runs:
+            time.sleep(0.02)
+        codes = self.codes()
         code = next((each for each in codes if each and each != -signal.SIGKILL), codes[0])
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return code, text + ("\n(hung, and was killed)" if hung and not code else "")
