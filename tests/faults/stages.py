@@ -148,6 +148,7 @@ def be_the_command(recipe: str, arguments: list[str], log: Path, steps: Path, en
 
     from modeling_nanochat.recipes.command_line import run
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background would have ignored
     os.environ |= environment
     opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, 1)
