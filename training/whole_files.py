@@ -108,7 +108,8 @@ def full_disk_said(folder: Path) -> Iterator[None]:
     except ValueError:  # about what is to be written
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        numbers = (errno.ENOSPC, errno.EDQUOT)
+        full = getattr(error, "errno", None) in numbers or any(os.strerror(each) in str(error) for each in numbers)
         if full or shutil.disk_usage(folder).free < FULL_BELOW:
             raise OSError(
                 f"the disk is full: {folder} could not be written ({type(error).__name__}); what was whole before is "

@@ -1,5 +1,6 @@
 """Runs that end early: by a signal, with everything kept; by a number that is not finite, with nothing spoilt."""
 
+import errno
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -134,14 +136,22 @@ def test_resuming_takes_new_settings(tmp_path):
         assert same == {name: value for name, value in wanted[group["name"]].items() if name != "params"}
 
 
-def test_a_full_disk_is_said_and_keeps_what_was_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 824640 vs 824528"), 0),
+        (SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"), 2 << 20),
+    ],
+)
+def test_a_full_disk_is_said_and_keeps_what_was_whole(tmp_path, monkeypatch, error, free):
+    """The second as when the library has removed its half file again, so that there is room."""
     trainer = tiny_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     plain_save = torch.save
 
     def save(value, file, *args, **kwargs):
         if "checkpoint-4" in str(file):
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 824640 vs 824528")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+            raise error
         plain_save(value, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
