@@ -1,13 +1,17 @@
 """MuonAdamW on 1, 2, 3 and 4 gloo ranks against one process on the same global batch; resumption; FSDP2.
 
 This file is also the program that the ranks run: one process that forks into four, so that torch is imported once, of
-which the first 1 to 4 work together.
+which the first 1 to 4 work together. What they send is counted, and compared with what the plan of a run counts.
 """
 
 import copy
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a program
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
+from modeling_nanochat.training.optimizer.shards import Ranks
+from modeling_nanochat.training.step_time import bytes_exchanged
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +94,34 @@ def distance(parameters: dict, expected: dict) -> dict[str, float]:
     }
 
 
+@contextmanager
+def counted_exchange() -> Iterator[Counter]:
+    """The bytes of the whole tensors that go through the collectives in here."""
+    whole = {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 0, "all_reduce": 0}  # which argument
+    before = {name: getattr(dist, name) for name in whole}
+    counted = Counter()
+
+    def counting(name: str, *tensors, **settings):
+        counted[name] += tensors[whole[name]].nbytes
+        return before[name](*tensors, **settings)
+
+    for name in whole:
+        setattr(dist, name, partial(counting, name))
+    yield counted
+    for name, function in before.items():
+        setattr(dist, name, function)
+
+
+def exchange_by_theory(optimizer: MuonAdamW, group: dist.ProcessGroup) -> Counter:
+    """What `step_time` counts for the same parameters; one rank sends nothing."""
+    names = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}
+    theory = Counter()
+    ranks = Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+    for part in optimizer.layout(ranks) if ranks.size > 1 else ():
+        theory.update({names.get(name, name): size for name, size in bytes_exchanged(part).items()})
+    return theory
+
+
 def state_elements(state_dict: dict) -> int:
     """Without `one_row`, which no two ranks can share."""
     kept = [entry for key, entry in state_dict["state"].items() if key != 2]
@@ -109,13 +143,16 @@ def check_groups(folder: Path, rank: int, groups: list, alone: dist.ProcessGroup
             continue
         parameters = build_parameters()
         optimizer = build_optimizer(parameters, group)
-        train(parameters, optimizer, range(3), rank, world)
+        train(parameters, optimizer, range(2), rank, world)
+        with counted_exchange() as counted:
+            train(parameters, optimizer, range(2, 3), rank, world)
         torch.save(optimizer.state_dict(), folder / f"state_{rank}_of_{world}.pt")
         values = {name: p.detach() for name, p in parameters.items()}
         if rank == 0:
             torch.save(values, folder / f"weights_{world}.pt")
         report = {"test": "groups", "world": world, "error": distance(parameters, expected)}
         report["state_share"] = state_elements(optimizer.state_dict()) / whole
+        report["exchanged"] = counted, exchange_by_theory(optimizer, group)
         report["sum"] = {name: p.double().sum().item() for name, p in values.items()}
         reports.append(report)
     return reports
@@ -253,6 +290,12 @@ def test_any_number_of_ranks_ends_with_the_weights_of_one(reports):
     assert len(chosen) == 1 + 2 + 3 + 4
     for report in chosen:
         assert_close(report)
+
+
+def test_what_is_sent_is_what_the_plan_counts(reports):
+    for report in of(reports, "groups"):
+        counted, theory = report["exchanged"]
+        assert counted == theory and bool(counted) == (report["world"] > 1)
 
 
 def test_all_ranks_hold_the_same_weights(reports):
