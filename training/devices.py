@@ -28,6 +28,12 @@ def native_bfloat16(device: torch.device | str) -> bool:
     return False
 
 
+def native_float8(device: torch.device | str) -> bool:
+    """Whether the hardware multiplies float8_e4m3fn itself: from Ada and Hopper on, compute capability 8.9."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def parse_dtype(wanted: str | torch.dtype, setting: str = "dtype") -> torch.dtype | None:
     """The dtype that a setting names, or None for `auto`.
 

@@ -72,6 +72,8 @@ def step_time(
 ) -> StepTime:
     """Seconds of an optimizer step of `batch_tokens` on so many devices, `rows` of the context at a time on each.
 
+    `float8` is upstream's, in which the head takes part.
+
     Raises:
         ValueError: the batch is no whole number of micro-batches.
     """

@@ -24,6 +24,7 @@ from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.training import devices, scaling
 from modeling_nanochat.training.architectures import is_nanochat, whole_rows
 from modeling_nanochat.training.data.row_loader import RowLoader
+from modeling_nanochat.training.float8 import multiply_in_float8
 from modeling_nanochat.training.optimizer.eras import optimizer_era, pretraining_schedules
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
@@ -48,6 +49,10 @@ class PretrainConfig(MuonArguments, TrainingArguments):
     )
     torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model; by default if the run is long enough to pay for it."}
+    )
+    fp8: bool = field(
+        default=False,
+        metadata={"help": "Train the blocks' matrix products in float8 (Hopper, Ada, Blackwell); compile with it."},
     )
     embedding_lr: float | None = field(
         default=None, metadata={"help": "Base rate of the embedding tables; by default the era's."}
@@ -86,6 +91,11 @@ class PretrainConfig(MuonArguments, TrainingArguments):
         self.warmup_steps = warmup or 0  # the parent knows no None
         super().__post_init__()
         self.warmup_steps = warmup
+        if self.fp8 and not devices.native_float8(self.device):
+            raise ValueError(
+                "fp8 needs a GPU that multiplies float8 (compute capability 8.9 or more: Ada, Hopper, Blackwell); this "
+                f"is {self.device}: expected no --fp8 here"
+            )
 
     def check_ranges(self) -> None:
         super().check_ranges()
@@ -193,6 +203,13 @@ class PretrainTrainer(MuonTrainerMixin, WholeCheckpointsMixin, Trainer):
         if self.has_own_loss and bfloat16_on_gpu and not self.is_fsdp_enabled:
             store_tables_in_bfloat16(model)  # FSDP2 wants one dtype
         self.add_callback(StepSchedule(evaluations))
+        if args.fp8:
+            if not self.has_own_loss or self.activation_dtype != torch.bfloat16:
+                raise ValueError(
+                    f"fp8 with {model.config.model_type} in {self.activation_dtype}; expected one of nanochat's own "
+                    "networks, with activations in bfloat16"
+                )
+            multiply_in_float8(self.accelerator.unwrap_model(self.model))
         peak = devices.peak_flops_per_second(args.device, self.activation_dtype)
         self.peak_flops_per_second = peak * args.world_size
         self._last_seconds = {"evaluate": 0.0, "save": 0.0}
