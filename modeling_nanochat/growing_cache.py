@@ -8,15 +8,25 @@ the next token. The price is that room, and that compiled code, and gradients th
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 ROOM = 256  # tokens; one copy in so many
 
 
 class GrowingStates:
-    """Joins (B, H, T, D) states with new ones; `buffer` is what they lie in, if anything."""
+    """Joins (B, H, T, D) states with new ones; `buffer` is what they lie in, if anything.
+
+    `held` are the states handed out last, which begin at `start`: if those come back, nothing need be looked up."""
 
     buffer: torch.Tensor | None = None
+    held: torch.Tensor | None = None
+    start: int = 0
 
     def append(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """(B, H, T, D) and (B, H, n, D) -> (B, H, T + n, D), a view; equal to `torch.cat` along the tokens."""
@@ -29,20 +39,31 @@ class GrowingStates:
                 self.buffer[:, :, :length] = states
         end = start + length + more
         self.buffer[:, :, end - more : end] = new
-        return self.buffer[:, :, start:end]
+        self.held, self.start = self.buffer[:, :, start:end], start
+        return self.held
+
+    def keep(self, length: int) -> torch.Tensor:
+        """The last so many of the states that were handed out."""
+        have = self.held.shape[-2]
+        if length < have:
+            self.held, self.start = self.held[:, :, have - length :], self.start + have - length
+        return self.held
 
     def place(self, states: torch.Tensor, more: int) -> int | None:
         """Where in the buffer the states begin; None if they lie elsewhere or have no room for `more` behind them."""
         buffer = self.buffer
-        if buffer is None or states.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
-            return None
-        if states.shape[:2] != buffer.shape[:2] or states.stride() != buffer.stride():
-            return None
-        if buffer.is_inference() and not torch.is_inference_mode_enabled():
-            return None  # may no longer be written to
-        start, beside = divmod(states.storage_offset(), buffer.shape[-1])
-        fits = beside == 0 and start + states.shape[-2] + more <= buffer.shape[-2]
-        return start if fits else None
+        if buffer is None or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            return None  # what inference mode made may no longer be written to
+        start = self.start
+        if states is not self.held:
+            if states.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
+                return None
+            if states.shape[:2] != buffer.shape[:2] or states.stride() != buffer.stride():
+                return None
+            start, beside = divmod(states.storage_offset(), buffer.shape[-1])
+            if beside:
+                return None
+        return start if start + states.shape[-2] + more <= buffer.shape[-2] else None
 
 
 class GrowingMixin:
@@ -76,12 +97,25 @@ class GrowingSlidingWindowLayer(GrowingMixin, DynamicSlidingWindowLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values = self.join(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
-        kept = slice(-self.sliding_window + 1, None)  # what the next token sees beside itself
-        self.keys, self.values = keys[:, :, kept], values[:, :, kept]
+        kept = self.sliding_window - 1  # what the next token sees beside itself
+        self.keys, self.values = self.growing_keys.keep(kept), self.growing_values.keep(kept)
         return keys, values
 
 
-GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingWindowLayer}
+class GrowingHybridLayer(GrowingLayer, LinearAttentionAndFullAttentionLayer):
+    """With the state of a convolution, where smear keeps the last embedding."""
+
+
+class GrowingHybridSlidingWindowLayer(GrowingSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+    """The same with a window."""
+
+
+GROWING = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer: GrowingHybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: GrowingHybridSlidingWindowLayer,
+}
 
 
 def must_copy(states: torch.Tensor) -> bool:

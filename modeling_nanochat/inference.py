@@ -38,7 +38,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Matrices and tables in the dtype of the activations for good, for a model that will not be trained: its outputs
-    stay the same to the bit, as every one of them is cast when it is used. The scalars keep their float32."""
+    stay the same to the bit, as every one of them is cast when it is used. The scalars keep their float32. No weight
+    wants a gradient any more, so what decoding makes of them is kept (`decode_step.py`)."""
+    model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.to(dtype)

@@ -1,0 +1,236 @@
+"""One more token for every row of a batch that has been read: the step that all decoding repeats, made lean.
+
+    step = step_for(network, head, ...)     # None where only the modules will do
+    logits = step(input_ids, attention_mask, position_ids)
+
+The modules compute the same for any number of tokens, but of one token of a small network most of the time goes to
+calls, checks and masks, and to products that bring their weights into another order every time. Here a layer is some
+thirty operations on (B, 1, C), and the weights are at hand as each product likes them (`Product`). The network's
+`forward` comes here by itself on a CPU, so chat, servers, `generate` and rollouts all do. The prices: the arithmetic of
+a layer stands in a second place (tests hold the two equal), and the weights lie in memory once more: as long as the
+network if none of them is trained, else as long as the cache, in which time they must not change.
+"""
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from .block_attention import BLOCK_ATTENTION
+from .decoder_layer import CastLinear, MarkedEmbedding, NanoChatGPTAttention, NanoChatGPTDecoderLayer, NanoChatGPTMLP
+from .growing_cache import GROWING
+
+# A bfloat16 product costs some 20 microseconds before it begins. Up to so many weights and rows a float32 one on a copy
+# of the weights, which gives the same bfloat16 numbers, has ended by then (measured: docs/performance.md).
+FEW_WEIGHTS, FEW_ROWS = 2**19, 4
+
+
+class Product:
+    """x (B, 1, in) -> (B, 1, out) in the dtype of x, by the weights (out, in) of some Linears, one under another."""
+
+    def __init__(self, linears: tuple[nn.Linear, ...], dtype: torch.dtype):
+        self.sources, self.dtype = [linear.weight.detach() for linear in linears], dtype
+        self.packs = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.is_small = sum(source.numel() for source in self.sources) <= FEW_WEIGHTS
+        self.forms: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.packs:
+            return F.linear(x, self.form("plain"))
+        if self.is_small and len(x) <= FEW_ROWS:
+            return F.linear(x.float(), self.form("float32")).to(x.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.form("packed"), None, "none", [], "")
+
+    def form(self, name: str) -> Tensor:
+        """The weights as they are wanted, made when they first are."""
+        if name not in self.forms:
+            weights = [source.to(self.dtype) for source in self.sources]
+            weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+            if name == "float32":
+                weight = weight.float()
+            elif name == "packed":
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.forms[name] = weight
+        return self.forms[name]
+
+
+class LayerWeights:
+    """What a layer multiplies with, and the table and gate of its value embeddings, if it has any."""
+
+    def __init__(self, layer: NanoChatGPTDecoderLayer, table: nn.Embedding | None, dtype: torch.dtype):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.query_key_value = Product((attention.q_proj, attention.k_proj, attention.v_proj), dtype)
+        self.output = Product((attention.o_proj,), dtype)
+        self.up, self.down = Product((mlp.up_proj,), dtype), Product((mlp.down_proj,), dtype)
+        self.table = self.gate = None
+        if table is not None:
+            self.table, self.gate = table.weight.detach(), attention.value_gate.weight.detach().to(dtype)
+
+
+class Weights:
+    """Of a network (without its head) and its head."""
+
+    def __init__(self, network: nn.Module, head: nn.Linear):
+        self.embedding = network.embed_tokens.weight.detach()
+        self.dtype = network.activation_dtype or self.embedding.dtype
+        tables = dict(network.value_embeddings.items())  # of layers that have one
+        self.layers = [LayerWeights(layer, tables.get(str(i)), self.dtype) for i, layer in enumerate(network.layers)]
+        self.head = Product((head,), self.dtype)
+
+
+class DecodeStep:
+    """The step of a network and its head, for one cache."""
+
+    def __init__(self, network: nn.Module, cache: Cache, weights: Weights):
+        self.network, self.cache, self.weights = network, weakref.ref(cache), weights
+        config = network.config
+        self.heads, self.key_value_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.eps, self.softcap, self.has_smear = (
+            config.rms_norm_eps,
+            config.final_logit_softcapping,
+            bool(config.smear_channels),
+        )
+        self.gate_channels, self.gate_scale = config.value_gate_channels, config.value_gate_scale
+        self.query_key_scale = config.query_key_scale
+        self.middle = config.num_hidden_layers // 2 if config.use_backout else None
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Float32 logits (B, 1, V) of what follows the tokens (B, 1); the mask (B, T) is 0 where a row is padded."""
+        network, weights, cache = self.network, self.weights, self.cache()
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        if position_ids is None:
+            position_ids = network._positions(input_ids, attention_mask, cache)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+        x = self.norm(F.embedding(input_ids, weights.embedding).to(weights.dtype))  # (B, 1, C)
+        if self.has_smear:
+            x = network._smear(x, position_ids, cache)
+        cos, sin = network.rotary_emb(x, position_ids)  # (B or 1, 1, 1, D/2)
+        angles = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+        residual, first_shares = self.residual_weights(x)
+        for i, (layer, states) in enumerate(zip(weights.layers, cache.layers)):
+            if first_shares:
+                x = (residual[i] * x).add_(first_shares[i])
+            x = x + self.attend(layer, states, self.norm(x), input_ids, angles, attention_mask)
+            x += layer.down(layer.up(self.norm(x)).relu_().square_())
+            if i == self.middle:
+                middle = x
+        if self.middle is not None:
+            x = x - network.residual_scalars.backout_lambda.to(x.dtype) * middle
+        return weights.head(self.norm(x)).float().div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def attend(self, layer: LayerWeights, states, x, input_ids, angles, attention_mask) -> Tensor:
+        """What a layer's attention adds (B, 1, C); the token's keys and values go into its states."""
+        heads, key_value_heads, dim, rows = self.heads, self.key_value_heads, self.head_dim, len(x)
+        turned = heads + key_value_heads  # queries and keys
+        projected = layer.query_key_value(x).view(rows, 1, turned + key_value_heads, dim)
+        both, value = projected[:, :, :turned], projected[:, :, turned:]
+        if layer.gate is not None:
+            gate = F.linear(x[..., : self.gate_channels], layer.gate).sigmoid_().mul_(self.gate_scale)  # (B, 1, H_kv)
+            looked_up = F.embedding(input_ids, layer.table).to(x.dtype).view_as(value)
+            value = value + gate.unsqueeze(-1) * looked_up
+        swapped = both.unflatten(-1, (2, dim // 2)).flip(-2).flatten(-2)
+        both = self.norm((both * angles[0]).add_(swapped.mul_(angles[1]))).mul_(self.query_key_scale)
+        query, key = both[:, :, :heads].transpose(1, 2), both[:, :, heads:].transpose(1, 2)
+        keys, values = states.update(key, value.transpose(1, 2))  # (B, H_kv, T, D)
+        seen = None if attention_mask is None else attention_mask[..., -keys.shape[2] :]
+        mixed = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=heads != key_value_heads)
+        return layer.output(mixed.reshape(rows, 1, heads * dim))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def residual_weights(self, first: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of each layer the weight of the stream, and what it adds of the first embedding."""
+        if not self.network.config.use_residual_scalars:
+            return (), ()
+        scalars = self.network.residual_scalars
+        shares = (scalars.x0_lambdas.view(-1, 1, 1, 1) * first).to(first.dtype)  # (layers, B, 1, C)
+        return scalars.resid_lambdas.unbind(), shares.unbind()
+
+
+STEPS: weakref.WeakKeyDictionary[Cache, DecodeStep] = weakref.WeakKeyDictionary()
+FROZEN: weakref.WeakKeyDictionary[nn.Module, tuple[list, Weights]] = weakref.WeakKeyDictionary()
+
+
+def step_for(
+    network: nn.Module, head: nn.Module, input_ids: Tensor | None, attention_mask, cache: Cache | None, others: dict
+) -> DecodeStep | None:
+    """The step for this call of a network with its head; None where the modules have to do it.
+
+    That is: more than one token, an empty or foreign cache, gradients, another device than the CPU, a request for
+    anything but logits (`others`), another attention, modules that are not the network's own (adapters, quantised
+    weights) or that somebody listens to (hooks).
+    """
+    if cache is None or input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if any(value is not None and value is not False for value in others.values()):
+        return None
+    if attention_mask is not None:
+        whole = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if not whole or attention_mask.shape[1] != cache.get_seq_length() + 1:
+            return None
+    step = STEPS.get(cache)
+    if step is None or step.network is not network:
+        if not is_plain(network, head) or not has_grown(cache):
+            return None
+        step = STEPS[cache] = DecodeStep(network, cache, weights_of(network, head))
+    return step
+
+
+def weights_of(network: nn.Module, head: nn.Linear) -> Weights:
+    """New ones, or those of last time if the network's are not trained and have not changed since."""
+    sources = [module.weight for module in weighted_modules(network, head)]
+    if any(source.requires_grad or source.is_inference() for source in sources):
+        return Weights(network, head)
+    state = [network.activation_dtype, *((source.data_ptr(), source._version) for source in sources)]
+    kept_state, weights = FROZEN.get(network, (None, None))
+    if kept_state != state:
+        weights = Weights(network, head)
+        FROZEN[network] = state, weights
+    return weights
+
+
+def has_grown(cache: Cache) -> bool:
+    """Whether the network has read something into the cache, all of it into states that grow in place."""
+    return cache.get_seq_length() > 0 and all(type(layer) in GROWING.values() for layer in cache.layers)
+
+
+def is_plain(network: nn.Module, head: nn.Module) -> bool:
+    config = network.config
+    if config._attn_implementation not in (BLOCK_ATTENTION, "sdpa"):
+        return False
+    if config.output_hidden_states or config.output_attentions:
+        return False
+    for module in (*network.modules(), head):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    blocks = ((NanoChatGPTDecoderLayer, NanoChatGPTAttention, NanoChatGPTMLP),) * len(network.layers)
+    if tuple((type(layer), type(layer.self_attn), type(layer.mlp)) for layer in network.layers) != blocks:
+        return False
+    return all(
+        type(module) in (nn.Linear, CastLinear, MarkedEmbedding)
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type == "cpu"
+        for module in weighted_modules(network, head)
+    )
+
+
+def weighted_modules(network: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
+    """Whatever the step multiplies with or looks up in."""
+    yield from (head, network.embed_tokens, *network.value_embeddings.values())
+    for layer in network.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj)
+        if hasattr(attention, "value_gate"):
+            yield attention.value_gate
