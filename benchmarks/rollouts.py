@@ -22,8 +22,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
+from modeling_nanochat.completions import sample_completions
 from modeling_nanochat.training.tokenizer import train_tokenizer
-from modeling_nanochat.training.trainers.rollouts import sample_completions
 
 PROMPT_LENGTHS, MAX_NEW_TOKENS, MEAN_LENGTH = range(24, 48), 64, 20
 TEXT = "".join(chr(number) for number in range(32, 127)) + " one two three four five six seven eight nine ten"

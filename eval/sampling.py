@@ -1,18 +1,25 @@
 """Sampling from a chat model for evaluation: many prompts, several samples each, with the calculator at hand.
 
-This is Transformers' own `generate`, on batches of prompts of similar length padded on the left. It works for any
-chat model; the calculator answers those whose tokenizer has the special tokens to call it. The price of plainness: a
-batch takes as long as its longest completion.
+Batches of prompts of similar length go through `sample_completions`, which reads each prompt once for all its samples.
+That works for any chat model with a cache of keys and values; the calculator answers those whose tokenizer has the
+special tokens to call it.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
+from modeling_nanochat.completions import sample_completions
 from modeling_nanochat.eval.models import chat_prompt, decoding_ids, has_nanochat_tokens
-from modeling_nanochat.inference import pad_left
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 
 Judge = Callable[[Sequence[tuple[dict[str, Any], str]]], Sequence[bool]]
@@ -33,12 +40,12 @@ def generate_batch(
     """Completions of every prompt, in the order of the prompts.
 
     Args:
-        model: a causal language model; it stays in the mode it is in, the caller's random state is kept.
+        model: a causal language model; it stays in the mode it is in, and so does the caller's random state.
         tokenizer: its tokenizer.
         prompts: token ids, each ending where the model is to go on.
         max_new_tokens: completions are cut off there, the calculator's tokens included.
         temperature: 0 takes the likeliest token; then all samples of a prompt are equal, so only one is allowed.
-        top_k: sample among so many tokens only; None for all.
+        top_k: sample among so many tokens only; None or 0 for all.
         num_samples: completions of each prompt.
         seed: of the sampling; the same for the same prompts and batch_rows.
         batch_rows: rows sampled at once.
@@ -53,30 +60,22 @@ def generate_batch(
         raise ValueError(f"num_samples is {num_samples} at temperature 0, where all samples are equal; expected 1")
     if not all(prompts):
         raise ValueError("a prompt is empty; expected at least one token")
-    config = generation_config(
-        model, tokenizer,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, num_return_sequences=num_samples,
-    )  # fmt: skip
-    tools = [CalculatorLogitsProcessor(tokenizer)] if has_nanochat_tokens(tokenizer) else []
-    stop = config.eos_token_id or []
+    ids = decoding_ids(model, tokenizer)
+    processors = score_processors(tokenizer, temperature, top_k)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     prompts_at_once = max(1, batch_rows // num_samples)
     completions: list[list[list[int]]] = [[] for _ in prompts]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), prompts_at_once):
-            chosen = order[start : start + prompts_at_once]
-            rows = [prompts[index] for index in chosen]
-            input_ids, attention_mask = pad_left(rows, config.pad_token_id, model.device)
-            output = model.generate(
-                input_ids,
-                attention_mask=attention_mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList(tools),
-            )  # (prompts * num_samples, T)
-            for row, ids in enumerate(output[:, input_ids.shape[1] :].tolist()):
-                completions[chosen[row // num_samples]].append(until_stop(ids, stop))
+    generator = torch.Generator().manual_seed(seed)
+    stop = ids["eos_token_id"] or []
+    for start in range(0, len(order), prompts_at_once):
+        chosen = [index for index in order[start : start + prompts_at_once] for _ in range(num_samples)]
+        uniforms = torch.rand(len(chosen), max_new_tokens, generator=generator) * (temperature > 0)
+        sampled, _ = sample_completions(
+            model, [prompts[index] for index in chosen], uniforms,
+            stop_token_ids=stop, pad_token_id=ids["pad_token_id"], logits_processor=processors,
+        )  # fmt: skip
+        for index, completion in zip(chosen, sampled):
+            completions[index].append(until_stop(completion, stop))
     return completions
 
 
@@ -120,18 +119,16 @@ def question_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
 
-def generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    temperature: float,
-    top_k: int | None,
-    **options: int,
-) -> GenerationConfig:
-    """Plain sampling that ends with the assistant's turn: nothing a checkpoint's own settings say gets in."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
-    ids = decoding_ids(model, tokenizer)
-    return GenerationConfig(**ids, **(sampling if temperature > 0 else {"do_sample": False}), **options)
+def score_processors(tokenizer: PreTrainedTokenizerBase, temperature: float, top_k: int | None) -> LogitsProcessorList:
+    """What scores go through before a token is drawn: nothing a checkpoint's own settings say gets in."""
+    processors: list[LogitsProcessor] = []
+    if temperature > 0 and temperature != 1:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k or temperature == 0:
+        processors.append(TopKLogitsWarper(top_k if temperature else 1))
+    if has_nanochat_tokens(tokenizer):
+        processors.append(CalculatorLogitsProcessor(tokenizer))
+    return LogitsProcessorList(processors)
 
 
 def until_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -22,6 +22,7 @@ import torch
 from benchmarks.plain_nanochat import PlainNanoChat
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.attention_choice import choose_attention
+from modeling_nanochat.completions import sample_completions
 from modeling_nanochat.configuration_nanochat_gpt import ERAS
 from modeling_nanochat.decoder_layer import CastLinear
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
@@ -33,7 +34,6 @@ from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
 from modeling_nanochat.training.optimizer.schedules import GroupScheduler
 from modeling_nanochat.training.trainers.pretrain import PretrainConfig, PretrainTrainer
-from modeling_nanochat.training.trainers.rollouts import sample_completions
 from tests.gpu.host import no_waiting
 from tests.toys import digit_tokenizer, drawn_model
 

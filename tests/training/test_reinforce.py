@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
 from modeling_nanochat import render_conversation, render_prompt
+from modeling_nanochat.completions import sample_completions
 from modeling_nanochat.eval.tasks import arithmetic
 from modeling_nanochat.running_rows import draw
 from modeling_nanochat.tokenization_nanochat_gpt import OUTPUT_START
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training.tokenizer import train_tokenizer
 from modeling_nanochat.training.trainers.reinforce import EVALUATION_STREAM, ReinforceConfig, ReinforceTrainer
-from modeling_nanochat.training.trainers.rollouts import sample_completions
 from tests.ranks import run_two_ranks
 from tests.toys import narrow_model
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from modeling_nanochat import render_prompt
+from modeling_nanochat.completions import sample_completions
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
@@ -40,7 +41,6 @@ from modeling_nanochat.training.ranks import over_ranks
 from modeling_nanochat.training.trainers.checkpoints import WholeCheckpointsMixin
 from modeling_nanochat.training.trainers.lora import LORA_SETTINGS, LoraArguments, lora_param_groups, with_adapters
 from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
-from modeling_nanochat.training.trainers.rollouts import sample_completions
 from modeling_nanochat.training.trainers.settings import (
     ACTS_IN_FINE_TUNING,
     COMMON,

@@ -1,12 +1,12 @@
-"""Sampling many completions at once, several of each prompt, for reinforcement learning and its pass@k.
+"""Sampling many completions at once, several of each prompt, for evaluation and reinforcement learning.
 
 Three things make it several times faster than `generate` on repeated prompts, and the same samples come out: a prompt
 is read once and its cache is then copied to all its samples; rows that have finished leave the batch instead of being
 padded until the slowest is done; and a token is drawn with one uniform number (inverse transform) instead of one random
 number for each word of the vocabulary. The uniform numbers are arguments: a sample depends on its own numbers only, not
 on what else is in the batch, which makes runs on any number of ranks alike and tests exact. The price is a decoding
-loop of our own: sampling is from the whole distribution at temperature 1, as the policy gradient needs it, and nothing
-else (`generate` has the rest).
+loop of our own: it samples from the whole distribution at temperature 1, as the policy gradient needs it, of whatever
+scores a processor leaves (`generate` has beams and the rest).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from modeling_nanochat.inference import eval_mode, weights_cast_once
-from modeling_nanochat.running_rows import RunningRows, draw
+from .inference import eval_mode, weights_cast_once
+from .running_rows import RunningRows, draw
 
 # Rows leave the batch when at least this share of it has finished: moving the cache costs about as much as a step.
 FINISHED_SHARE = 1 / 8
