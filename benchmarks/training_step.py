@@ -47,6 +47,7 @@ class StepArguments:
 
 def main() -> None:
     (arguments,) = TrlParser((StepArguments,)).parse_args_and_config()
+    devices.keep_freed_memory()  # as our trainers do; it helps upstream's steps as much
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1), generator=generator)
     configs = {era: network(arguments, era) for era in ("seed", "head")}

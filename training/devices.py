@@ -4,11 +4,31 @@ Speeds of known GPUs are their makers' data sheets, others are measured; a measu
 says what this machine does now, beside whatever else runs on it. Nothing but torch is imported here.
 """
 
+import ctypes
 import math
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
+
+# ---------------------------------------------------------------- memory of a CPU
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps the memory of tensors that are freed, for the next ones.
+
+    glibc hands large pieces back to the kernel, which clears every page anew when they are wanted again: up to a fifth
+    of a training step (docs/performance.md). The peak stays what it was, but between the steps nothing is given back. Other
+    C libraries, and allocators that stand before glibc's, do as they like.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
 
 # ---------------------------------------------------------------- the dtype of activations and of orthogonalisation
 

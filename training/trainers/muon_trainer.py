@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.attention_choice import choose_attention
 from modeling_nanochat.training.architectures import is_nanochat, run_activations_in
-from modeling_nanochat.training.devices import choose_dtype
+from modeling_nanochat.training.devices import choose_dtype, keep_freed_memory
 from modeling_nanochat.training.optimizer.eras import era_of
 from modeling_nanochat.training.optimizer.groups import build_param_groups
 from modeling_nanochat.training.optimizer.muon_adamw import MuonAdamW
@@ -63,6 +63,8 @@ class MuonTrainerMixin:
     def set_up_muon(self, activation_dtype: str) -> None:
         check_that_ranks_met(self.args.world_size)
         self.activation_dtype = choose_dtype(activation_dtype, self.args.device, "activation_dtype")
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         model = self.accelerator.unwrap_model(self.model)
         run_activations_in(model, self.activation_dtype, self.args.device)
         if is_nanochat(model.config):
