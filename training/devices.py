@@ -21,8 +21,8 @@ def keep_freed_memory() -> None:
     """From now on this process keeps the memory of tensors that are freed, for the next ones.
 
     glibc hands large pieces back to the kernel, which clears every page anew when they are wanted again: up to a fifth
-    of a training step (docs/performance.md). The peak stays what it was, but between the steps nothing is given back. Other
-    C libraries, and allocators that stand before glibc's, do as they like.
+    of a training step (docs/performance.md). The peak stays what it was, but between the steps nothing is given back.
+    Other C libraries, and allocators that stand before glibc's, do as they like.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
