@@ -32,17 +32,24 @@ def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def product(
     left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """(m, k) @ (k, n) of scaled pairs: the kernel wants the left in rows and the right in columns.
-
-    On a CPU the same in float32, as PyTorch's kernel takes seconds there.
-    """
+    """(m, k) @ (k, n) of scaled pairs: the kernel wants the left in rows and the right in columns."""
     (a, a_inverse), (b, b_inverse) = left, right
-    if a.device.type == "cpu":
-        return ((a.float() @ b.float()) * (a_inverse * b_inverse)).to(dtype)
-    columns = b.t().contiguous().t()
-    return torch._scaled_mm(
-        a.contiguous(), columns, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype, use_fast_accum=fast
+    multiply = emulated_mm if a.device.type == "cpu" else torch._scaled_mm
+    return multiply(
+        a.contiguous(),
+        b.t().contiguous().t(),
+        scale_a=a_inverse,
+        scale_b=b_inverse,
+        out_dtype=dtype,
+        use_fast_accum=fast,
     )
+
+
+def emulated_mm(
+    a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
+) -> Tensor:
+    """`torch._scaled_mm` in float32, for CPUs, where PyTorch's own takes seconds."""
+    return ((a.float() @ b.float()) * (scale_a * scale_b)).to(out_dtype)
 
 
 class Float8Linear(CastLinear):
