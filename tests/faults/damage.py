@@ -67,7 +67,7 @@ def damaged_folder(world: World, rng: random.Random, name: str, users: dict[str,
     reference = world.reference(name)
     refused = 0
     for number, file in enumerate(sorted(files_of_a_stage(reference))):
-        harm = list(HARMS)[number % 3]
+        harm = list(HARMS)[number % 3] if (reference / file).stat().st_size else "gone"
         copy = fresh(world, f"harmed {name}")
         shutil.copytree(reference, copy)
         HARMS[harm](copy / file, rng)
@@ -189,12 +189,12 @@ def changed_conversations(world: World, rng: random.Random, named: str) -> Outco
     config = json.loads((world.folder / "data.yaml").read_text())
     name = str(own / ("*.jsonl" if named == "glob" else "conversations.jsonl"))
     config |= {"sft": [{"name": name}], "rl": [], "rl_validation": []}
-    (folder.with_name("data.yaml")).write_text(json.dumps(config))
-    settings = {"config": str(folder.with_name("data.yaml"))}
-    first, _ = world.run("data", folder, **settings)
+    settings = folder.with_name("data.yaml")
+    settings.write_text(json.dumps(config))
+    first, _ = world.run("data", folder, config=str(settings))
     line = (own / "conversations.jsonl").read_text().splitlines()[0].replace("1", "2")
     with open(own / "conversations.jsonl", "a") as file:
         file.write(line + "\n")
-    code, text = world.run("data", folder, **settings)
+    code, text = world.run("data", folder, config=str(settings))
     good = first == 0 and code == 0 and "inputs have changed" in text
     return Outcome(last_line("\n".join(line for line in text.splitlines() if "data" in line)), good=good)

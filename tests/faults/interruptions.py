@@ -349,7 +349,8 @@ def diverges(world: World, rng: random.Random, name: str) -> Outcome:
     world.reference(name)
     output = fresh(world, f"diverges {name}")
     setting = "matrix_lr" if name.startswith("pretrain") else "init_lr_frac"
-    code, said = world.run(name, output, **{setting: "1e30"})
+    always_graded = {"rewards": "tests.faults.stages:length"} if name == "rl" else {}  # else nothing is learnt at all
+    code, said = world.run(name, output, **{setting: "1e30"}, **always_graded)
     from safetensors.torch import load_file
 
     spoilt = [step for step in checkpoints(output)

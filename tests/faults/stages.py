@@ -77,6 +77,11 @@ STAGES = {
 }
 
 
+def length(completion: str, problem: dict) -> float:
+    """A reward that differs between answers that all are wrong."""
+    return len(completion)
+
+
 class Command:
     """A running command, on one rank or several. `step` is the last step that it ended."""
 
@@ -204,8 +209,10 @@ class World:
         (self.folder / "data.yaml").write_text(json.dumps(config))
 
     def arguments(self, name: str, output: Path, **replaced: str) -> list[str]:
-        """What is typed after the stage's command; `replaced` settings stand last, so they count."""
+        """What is typed after the stage's command, `replaced` settings in the place of its own."""
         words = STAGES[name].arguments.format(at=self.folder).split()
+        for option in {f"--{key}" for key in replaced} & set(words):
+            del words[words.index(option) : words.index(option) + 2]
         extra = [word for key, value in replaced.items() for word in (f"--{key}", *str(value).split())]
         return [*words, "--output_dir", str(output), *extra]
 
