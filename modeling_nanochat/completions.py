@@ -20,6 +20,11 @@ from .running_rows import RunningRows, draw
 # Rows leave the batch when at least this share of it has finished: moving the cache costs about as much as a step.
 FINISHED_SHARE = 1 / 8
 
+
+class NoNumbers(ValueError):
+    """The scores of a spoilt model: nothing can be drawn by them."""
+
+
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (B, T) tokens, (B, V) scores -> scores
 
 
@@ -49,6 +54,7 @@ def sample_completions(
 
     Raises:
         ValueError: an empty prompt, or another number of rows in `uniforms` than prompts.
+        NoNumbers: the model's scores are not finite.
     """
     if not all(prompts) or len(uniforms) != len(prompts):
         raise ValueError(
@@ -59,6 +65,8 @@ def sample_completions(
     origin = torch.tensor([position[tuple(prompt)] for prompt in prompts], device=model.device)  # (N,)
     with eval_mode(model), weights_cast_once(model):
         running, scores = RunningRows.read(model, list(position), pad_token_id)
+        if not scores.isfinite().all():
+            raise NoNumbers("the model's scores are not finite, expected those of a model that has not diverged")
         running.select(origin)
         stop_tokens = torch.tensor(sorted(stop_token_ids), device=model.device)
         return _decode(running, scores[origin], uniforms.to(model.device), stop_tokens, logits_processor)

@@ -241,16 +241,16 @@ def fingerprint(path: str | Path) -> str:
         hashes |= inside
         files -= {folder / name for name in inside}
     top = path.parent if path.is_file() or not path.exists() else path
-    hashes |= {os.path.relpath(file, top): sampled_hash(file) for file in files}
+    hashes |= {os.path.relpath(file, top): sampled_hash(file) if file.exists() else "nothing" for file in files}
     return digest_of(hashes) if hashes else "by name"
 
 
 def files_below(path: Path) -> Iterator[Path]:
-    """A file, or all files below a folder that a stage could vouch for."""
-    if path.is_file():
+    """A file, or all files below a folder that a stage could vouch for; links that point nowhere are files too."""
+    if path.is_file() or not path.exists():
         yield path
-    for file in path.rglob("*") if path.is_dir() else ():
-        if file.is_file() and is_vouched_for(file.relative_to(path)):
+    for file in path.rglob("*"):
+        if (file.is_file() or not file.exists()) and is_vouched_for(file.relative_to(path)):
             yield file
 
 

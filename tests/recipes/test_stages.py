@@ -118,6 +118,14 @@ def test_a_pattern_is_known_by_the_files_it_finds(tmp_path):
     assert fingerprint(pattern) != before
 
 
+@pytest.mark.parametrize("named", ["", "*.txt"])
+def test_a_link_that_points_nowhere_is_a_change(tmp_path, named):
+    (tmp_path / "text.txt").write_text("text")
+    before = fingerprint(tmp_path / named)
+    (tmp_path / "more.txt").symlink_to(tmp_path / "gone.txt")
+    assert fingerprint(tmp_path / named) != before
+
+
 def test_a_damaged_checkpoint_is_no_input(tmp_path):
     (tmp_path / "model.bin").write_text("weights")
     write_checksums(tmp_path)

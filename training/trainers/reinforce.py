@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from modeling_nanochat import render_prompt
-from modeling_nanochat.completions import sample_completions
+from modeling_nanochat.completions import NoNumbers, sample_completions
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
 from modeling_nanochat.tool_use import CalculatorLogitsProcessor
 from modeling_nanochat.training import scaling
@@ -47,6 +47,7 @@ from modeling_nanochat.training.trainers.settings import (
     FineTuningArguments,
     check_range,
 )
+from modeling_nanochat.training.trainers.stopping import where_no_numbers_are
 
 # What makes GRPO into REINFORCE, and what sampling from the whole distribution at temperature 1 means.
 PLAIN_REINFORCE = {
@@ -282,7 +283,10 @@ class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
     def _draw_step(self, problems: list[Problem]) -> Samples:
         step, count, ranks = self.state.global_step, len(problems), self.accelerator.num_processes
         first, total = self.accelerator.process_index * count, ranks * count
-        samples = self.sample(problems, step, range(first, first + count), total)
+        try:
+            samples = self.sample(problems, step, range(first, first + count), total)
+        except NoNumbers as error:
+            raise ValueError(f"{error}; it is step {where_no_numbers_are(self)}") from None
         for round_ in range(1, self.args.dynamic_sampling + 1):
             alike = self._answered_alike(samples)
             self._metrics["train"]["questions_replaced"].append(float(self._mean(alike)))

@@ -81,9 +81,14 @@ def refuse_loss_that_is_no_number(trainer: Trainer, logs: dict[str, Any]) -> Non
     """`ValueError` if a loss among the figures to be logged is not finite."""
     for name, value in logs.items():
         if isinstance(value, float) and name.endswith(("loss", "bits_per_byte")) and not math.isfinite(value):
-            tensor = first_not_finite(trainer.model)
-            cause = f"; {tensor} holds numbers that are not finite" if tensor else "; all weights are finite"
-            raise ValueError(f"{name} is {value} at step {trainer.state.global_step}{cause}. {last_good(trainer)}")
+            raise ValueError(f"{name} is {value} at step {where_no_numbers_are(trainer)}")
+
+
+def where_no_numbers_are(trainer: Trainer) -> str:
+    """The step, the first weight that is not finite, and the checkpoint to go back to."""
+    tensor = first_not_finite(trainer.model)
+    cause = f"{tensor} holds numbers that are not finite" if tensor else "all weights are finite"
+    return f"{trainer.state.global_step}; {cause}. {last_good(trainer)}"
 
 
 def refuse_weights_that_are_no_numbers(trainer: Trainer) -> None:
