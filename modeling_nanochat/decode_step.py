@@ -33,7 +33,8 @@ class Product:
 
     def __init__(self, linears: tuple[nn.Linear, ...], dtype: torch.dtype):
         self.sources, self.dtype = [linear.weight.detach() for linear in linears], dtype
-        self.packs = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.packs = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()  # a Mac's build has none of it
+        self.packs = self.packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.is_small = sum(source.numel() for source in self.sources) <= FEW_WEIGHTS
         self.forms: dict[str, Tensor] = {}
 
@@ -87,18 +88,11 @@ class DecodeStep:
     def __init__(self, network: nn.Module, cache: Cache, weights: Weights):
         self.network, self.cache, self.weights = network, weakref.ref(cache), weights
         config = network.config
-        self.heads, self.key_value_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.eps, self.softcap, self.has_smear = (
-            config.rms_norm_eps,
-            config.final_logit_softcapping,
-            bool(config.smear_channels),
-        )
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.query_key_scale = config.head_dim, config.query_key_scale
+        self.eps, self.softcap = config.rms_norm_eps, config.final_logit_softcapping
+        self.has_smear = bool(config.smear_channels)
         self.gate_channels, self.gate_scale = config.value_gate_channels, config.value_gate_scale
-        self.query_key_scale = config.query_key_scale
         self.middle = config.num_hidden_layers // 2 if config.use_backout else None
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
