@@ -66,7 +66,7 @@ def sample_completions(
     with eval_mode(model), weights_cast_once(model):
         running, scores = RunningRows.read(model, list(position), pad_token_id)
         if not scores.isfinite().all():
-            raise NoNumbers("the model's scores are not finite, expected those of a model that has not diverged")
+            raise NoNumbers("the model's scores are not finite")
         running.select(origin)
         stop_tokens = torch.tensor(sorted(stop_token_ids), device=model.device)
         return _decode(running, scores[origin], uniforms.to(model.device), stop_tokens, logits_processor)

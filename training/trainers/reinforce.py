@@ -286,7 +286,7 @@ class ReinforceTrainer(MuonTrainerMixin, WholeCheckpointsMixin, GRPOTrainer):
         try:
             samples = self.sample(problems, step, range(first, first + count), total)
         except NoNumbers as error:
-            raise ValueError(f"{error}; it is step {where_no_numbers_are(self)}") from None
+            raise ValueError(f"{error} at step {where_no_numbers_are(self)}") from None
         for round_ in range(1, self.args.dynamic_sampling + 1):
             alike = self._answered_alike(samples)
             self._metrics["train"]["questions_replaced"].append(float(self._mean(alike)))
