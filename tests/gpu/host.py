@@ -28,11 +28,20 @@ class WaitsForHost(AssertionError):
 
 class FailOnHost(TorchDispatchMode):
     """Raises `WaitsForHost` at the operation, so that the traceback shows the line. `shapes` are the operations that
-    went by, in order, each with the shapes of what it gave."""
+    went by, in order, each with the shapes of what it gave. Compiled code runs uncompiled inside: no mode sees its
+    operations, and from torch 2.14 on it would be an error."""
 
     def __init__(self):
         super().__init__()
         self.shapes: list[tuple] = []
+
+    def __enter__(self):
+        self.uncompiled = torch.compiler.set_stance("force_eager")  # acts from here on
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.uncompiled.__exit__(*error)
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
