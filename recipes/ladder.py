@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, planned, pretrain
-from modeling_nanochat.recipes.stages.folder import load_for_inference
+from modeling_nanochat.recipes.stages.folder import load_for_inference, load_tokenizer
 from modeling_nanochat.recipes.stages.numbers import readable_number, readable_time
 from modeling_nanochat.recipes.stages.record import Stage, is_main_process, read_stage
 from modeling_nanochat.recipes.stages.tables import markdown_table
@@ -352,7 +352,7 @@ def all_runs(
 ) -> list[tuple[RunSettings, float]]:
     """The settings and FLOPs of every run, the cheapest first."""
     given = {each.depth: each.flops for each in reference or ()}
-    vocabulary = len(AutoTokenizer.from_pretrained(settings.arguments.tokenizer))
+    vocabulary = len(load_tokenizer(settings.arguments.tokenizer))
     runs = []
     for depth in ladder.depths:
         for seed in ladder.seeds:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
@@ -31,7 +31,7 @@ from modeling_nanochat.recipes.evaluation.arguments import OnTheWayArguments
 from modeling_nanochat.recipes.evaluation.on_the_way import measured_on_the_way
 from modeling_nanochat.recipes.network import HorizonArguments, NetworkArguments
 from modeling_nanochat.recipes.publishing.finished import publish
-from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, save_checkpoint
+from modeling_nanochat.recipes.stages.folder import checkpoint_to_resume, load_tokenizer, save_checkpoint
 from modeling_nanochat.recipes.stages.record import Stage, is_main_process
 from modeling_nanochat.tokenization_nanochat_gpt import encode_text, generation_token_ids, token_bytes
 from modeling_nanochat.training import devices, memory, scaling
@@ -137,7 +137,7 @@ def pretrain(settings: RunSettings) -> None:
             f"using {config.world_size} of {torch.cuda.device_count()} GPUs; see recipes/accelerate for all of them"
         )
     checkpoint = checkpoint_to_resume(stage, config)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer)
     on_the_way = measured_on_the_way(settings.on_the_way, tokenizer)
     documents = open_documents(arguments.data, arguments.text_column)
     length = settings.network.sequence_length

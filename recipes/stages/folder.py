@@ -30,8 +30,25 @@ from modeling_nanochat.training.whole_files import damage, replace_files
 
 
 def load_checkpoint(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model with float32 weights, and tokenizer, from a folder or the Hub."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+    """Model with float32 weights, and tokenizer, from a folder or the Hub.
+
+    Raises:
+        ValueError: `model` is a local path and no checkpoint is there.
+    """
+    if is_local_path(model) and not Path(model, "config.json").exists():
+        raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), load_tokenizer(model)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the Hub.
+
+    Raises:
+        ValueError: `name` is a local path and no tokenizer is there.
+    """
+    if is_local_path(name) and not Path(name, "tokenizer_config.json").exists():
+        raise ValueError(f"{name} holds no tokenizer (no tokenizer_config.json); expected what train_tokenizer made")
+    return AutoTokenizer.from_pretrained(name)
 
 
 def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,8 +60,6 @@ def load_for_inference(model: str, dtype: str = "auto") -> tuple[PreTrainedModel
     Raises:
         ValueError: `model` is a local path and no checkpoint is there.
     """
-    if is_local_path(model) and not Path(model, "config.json").exists():
-        raise ValueError(f"{model} holds no checkpoint (no config.json); expected the folder of a trained model")
     network, tokenizer = load_checkpoint(model)
     device = PartialState().device
     dtype = choose_dtype(dtype, device)

@@ -60,6 +60,11 @@ def settings(folder, output, **changes) -> RunSettings:
     return RunSettings(*groups)
 
 
+def test_a_tokenizer_that_is_not_there_is_said(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"some/where/else holds no tokenizer \(no tokenizer_config"):
+        pretrain(settings(folder, tmp_path, tokenizer="some/where/else"))
+
+
 def test_makes_a_model_that_loads_and_is_not_made_again(folder, tmp_path, capsys, monkeypatch):
     pretrain(settings(folder, tmp_path))
     printed = capsys.readouterr().out
