@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from drawing import GREY, PALE, RUN, paint_tokens, save
 from transformers import AutoTokenizer
 
-from modeling_nanochat.tokenization_nanochat_gpt import render_conversation
+from modeling_nanochat.tokenization_nanochat_gpt import render_conversation, special_token_ids
 
 MESSAGES = [
     {"role": "user", "content": "Mia has 4 boxes with 18 cards each and 7 more. How many cards does Mia have?"},
@@ -25,7 +25,8 @@ def main() -> None:
     ids, mask = render_conversation(tokenizer, MESSAGES)
     print(f"{len(ids)} tokens, {sum(mask)} of them trained on")
     figure, axes = plt.subplots(figsize=(10, 1.9))
-    pieces = [tokenizer.decode([token]) for token in ids]
+    marks = {token: mark for mark, token in special_token_ids(tokenizer).items()}  # decoded alone, one is shown as " = "
+    pieces = [marks.get(token) or tokenizer.decode([token]) for token in ids]
     row = paint_tokens(axes, pieces, [PALE[2] if trained else PALE[5] for trained in mask], columns=98)
     for start, color, text in ((0, PALE[2], "trained on"), (20, PALE[5], "read, never a target")):
         axes.add_patch(plt.Rectangle((start, row + 0.6), 2, 0.8, facecolor=color))
