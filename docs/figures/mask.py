@@ -25,7 +25,8 @@ def main() -> None:
     ids, mask = render_conversation(tokenizer, MESSAGES)
     print(f"{len(ids)} tokens, {sum(mask)} of them trained on")
     figure, axes = plt.subplots(figsize=(10, 1.9))
-    marks = {token: mark for mark, token in special_token_ids(tokenizer).items()}  # decoded alone, one is shown as " = "
+    # Decoded alone, one of the marks is shown as " = ".
+    marks = {token: mark for mark, token in special_token_ids(tokenizer).items()}
     pieces = [marks.get(token) or tokenizer.decode([token]) for token in ids]
     row = paint_tokens(axes, pieces, [PALE[2] if trained else PALE[5] for trained in mask], columns=98)
     for start, color, text in ((0, PALE[2], "trained on"), (20, PALE[5], "read, never a target")):
