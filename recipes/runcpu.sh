@@ -8,7 +8,10 @@ DEPTH=${DEPTH:-6}
 MINUTES=${MINUTES:-60}
 DEMO=recipes/configs/demo
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-run() { .venv/bin/accelerate launch --quiet --config_file recipes/accelerate/one_cpu.yaml -m "$@"; }
+run() {
+    .venv/bin/accelerate launch --quiet --config_file recipes/accelerate/one_cpu.yaml \
+        --num_cpu_threads_per_process "$(nproc)" -m "$@"
+}
 
 make install
 .venv/bin/nanochat prepare_data --config $DEMO/data.yaml --output_dir "$OUT/data"
