@@ -29,7 +29,7 @@ from modeling_nanochat.recipes.serving.answer import Shown, message_parts
 from modeling_nanochat.recipes.serving.engine import Engine, Piece, Request
 from modeling_nanochat.recipes.serving.sampling import Sampling
 from modeling_nanochat.recipes.stages.folder import load_for_inference
-from modeling_nanochat.recipes.stages.record import fingerprint
+from modeling_nanochat.recipes.stages.record import check_as_left
 from modeling_nanochat.tokenization_nanochat_gpt import message_text, render_conversation, render_prompt
 from modeling_nanochat.training.whole_files import write_json
 
@@ -79,7 +79,7 @@ def main() -> None:
     logging.disable_progress_bar()
     sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it was typed
     sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
-    fingerprint(arguments.model)  # which fails if it is not as its stage left it
+    check_as_left(arguments.model)
     model, tokenizer = load_for_inference(arguments.model)
     with closing(Engine(model, tokenizer, max_rows=1)) as engine:
         chat = Chat(engine, tokenizer, arguments)

@@ -22,7 +22,7 @@ from modeling_nanochat.recipes.publishing.clean_process import answer
 from modeling_nanochat.recipes.publishing.history import history
 from modeling_nanochat.recipes.stages.lock import held
 from modeling_nanochat.recipes.stages.numbers import readable_number
-from modeling_nanochat.recipes.stages.record import fingerprint
+from modeling_nanochat.recipes.stages.record import check_as_left
 from modeling_nanochat.training import hub
 from modeling_nanochat.training.model_card import NAME as CARD
 from modeling_nanochat.training.model_card import is_own
@@ -70,7 +70,7 @@ def push(arguments: PushArguments) -> None:
         OSError: the Hub did not take it.
     """
     arguments.check()
-    fingerprint(arguments.model)  # which fails if it is not as its stage left it
+    check_as_left(arguments.model)
     repository = arguments.repo
     if not arguments.dry_run:  # first: what cannot be pushed need not be tried
         repository = hub.create_repository(repository, arguments.private or None)

@@ -23,7 +23,7 @@ from modeling_nanochat.recipes.serving.api import Service, make_app
 from modeling_nanochat.recipes.serving.engine import Engine
 from modeling_nanochat.recipes.serving.sampling import Sampling
 from modeling_nanochat.recipes.stages.folder import load_for_inference
-from modeling_nanochat.recipes.stages.record import fingerprint
+from modeling_nanochat.recipes.stages.record import check_as_left
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SECONDS_TO_FINISH = 5  # that answers get when the server is shut down
@@ -66,7 +66,7 @@ def serve(arguments: ServeArguments, on_ready: Callable[[str], None]) -> None:
         OSError: the address is taken, or not this machine's.
     """
     listening = bind(arguments.host, arguments.port)  # first: a taken port is known before the model is loaded
-    fingerprint(arguments.model)  # which fails if it is not as its stage left it
+    check_as_left(arguments.model)
     model, tokenizer = load_for_inference(arguments.model)
     engine = Engine(model, tokenizer, arguments.max_rows, arguments.max_waiting)
     service = Service(engine, tokenizer, arguments.model, default_sampling(model), arguments.max_new_tokens)

@@ -109,9 +109,7 @@ DEVICES = {
     "H200": Device(989.5e12, 141 * 10**9, 4.8e12, 450e9, True),
     "H100 PCIe": Device(756e12, 80 * 10**9, 2.0e12, 64e9, True),
     "H100": Device(989.5e12, 80 * 10**9, 3.35e12, 450e9, True),
-    "A100": Device(
-        312e12, 80 * 10**9, 2.039e12, 300e9, False, sustained=1.21
-    ),  # fitted: d20 of the launch, eight of them, 0.992 s a step
+    "A100": Device(312e12, 80 * 10**9, 2.039e12, 300e9, False, sustained=1.21),
     "MI300X": Device(1307.4e12, 192 * 10**9, 5.3e12, 448e9, False),  # its float8 is another one (fnuz)
     "L40S": Device(362e12, 48 * 10**9, 0.864e12, 32e9, True),
     "RTX 5090": Device(209.5e12, 32 * 10**9, 1.792e12, 64e9, True),

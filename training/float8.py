@@ -81,11 +81,17 @@ class Float8Product(torch.autograd.Function):
 
 
 def multiply_in_float8(model: torch.nn.Module) -> int:
-    """Let the casting Linears of a network's blocks, those whose sides allow it, train in float8; how many do."""
+    """Let the casting Linears of a network's blocks, those whose sides allow it, train in float8; how many do.
+
+    Raises:
+        ValueError: none does.
+    """
     changed = 0
     for layer in model.model.layers:
         for module in layer.modules():
             if type(module) is CastLinear and all(side % MULTIPLE == 0 for side in module.weight.shape):
                 module.__class__ = Float8Linear
                 changed += 1
+    if not changed:
+        raise ValueError(f"fp8 with blocks {model.config.hidden_size} wide; expected a multiple of {MULTIPLE}")
     return changed

@@ -18,10 +18,15 @@ from torch.distributed.tensor import DTensor
 Row, Result = TypeVar("Row"), TypeVar("Result")
 
 
+def launched() -> int:
+    """How many processes a launcher says that it has started; they may not know one another yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def meet() -> None:
     """Let the processes that torchrun started on a machine without GPUs know one another. Untold, Accelerate takes each
     for the only one, and all would do the same work into the same folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+    if launched() > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # for the Accelerators and training arguments to come
         PartialState(cpu=True)
 
@@ -34,11 +39,10 @@ def check_that_ranks_met(processes: int) -> None:
     Raises:
         ValueError: more than these were launched, so that each would train by itself.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > processes:
+    if launched() > processes:
         raise ValueError(
-            f"{launched} processes were launched, but this one trains by itself; expected torch.distributed to be set "
-            "up: on a machine without GPUs by TrainingArguments(use_cpu=True)"
+            f"{launched()} processes were launched, but this one trains by itself; expected torch.distributed to be "
+            "set up: on a machine without GPUs by TrainingArguments(use_cpu=True)"
         )
 
 
@@ -70,7 +74,7 @@ def gather(value: Any) -> list[Any]:
 def on_main_process(work: Callable[[], Result]) -> Result:
     """What `work()` gives or raises on the main process, on every rank: for what need not be done by all of them, such
     as reading files to know them. All ranks call this together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # also where nothing is going to be trained
+    if launched() == 1:  # also where nothing is going to be trained
         return work()
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:

@@ -33,7 +33,7 @@ from modeling_nanochat.recipes.stages.lock import release as release_lock
 from modeling_nanochat.recipes.stages.lock import take as take_lock
 from modeling_nanochat.recipes.stages.numbers import readable_number, readable_time
 from modeling_nanochat.recipes.stages.sentences import sentence
-from modeling_nanochat.training.ranks import on_main_process
+from modeling_nanochat.training.ranks import launched, on_main_process
 from modeling_nanochat.training.whole_files import CHECKSUMS, STAGING, checksums, damage, sampled_hash, write_json
 
 FILE_NAME = "stage.json"
@@ -245,6 +245,11 @@ def fingerprint(path: str | Path) -> str:
     return digest_of(hashes) if hashes else "by name"
 
 
+def check_as_left(path: str | Path) -> None:
+    """`ValueError` if a stage made what is there, and it is no longer as the stage left it."""
+    fingerprint(path)
+
+
 def files_below(path: Path) -> Iterator[Path]:
     """A file, or all files below a folder that a stage could vouch for; links that point nowhere are files too."""
     if path.is_file() or not path.exists():
@@ -280,7 +285,7 @@ def describe_machine() -> dict[str, Any]:
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": launched(),
     }
 
 

@@ -62,6 +62,12 @@ def network(depth: int = 2) -> NanoChatGPTForCausalLM:
     return model
 
 
+def test_blocks_in_which_float8_would_do_nothing_are_refused():
+    config = NanoChatGPTConfig.from_depth(1, vocab_size=64, head_dim=40, aspect_ratio=40, max_position_embeddings=16)
+    with pytest.raises(ValueError, match="fp8 with blocks 40 wide; expected a multiple of 16"):
+        multiply_in_float8(NanoChatGPTForCausalLM(config))
+
+
 def test_which_linears_are_changed():
     model = network()
     assert multiply_in_float8(model) == 2 * 6
