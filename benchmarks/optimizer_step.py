@@ -28,6 +28,7 @@ from modeling_nanochat.training.optimizer.updates import POLAR_EXPRESS_COEFFICIE
 HEAD_DIM = 64
 SEED = 0
 DTYPE = torch.bfloat16 if devices.native_bfloat16("cpu") else torch.float32  # of activations and orthogonalisation
+APART = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # two steps, of their norm; bfloat16 rounds chaotically
 
 
 @dataclass
@@ -166,8 +167,9 @@ def main() -> None:
             elif not name.startswith("forward"):
                 print(f"{name}: the first step took {time.perf_counter() - start:.1f} s")
         if not round_number:
-            for weight in weights:
-                torch.testing.assert_close(weight, weights[0], rtol=1e-3, atol=1e-5)
+            for weight in weights:  # began at zero, so it is the step itself
+                apart = ((weight - weights[0]).norm() / weights[0].norm()).item()
+                assert apart <= APART[DTYPE], f"steps are {apart:.1e} of their norm apart, expected {APART[DTYPE]}"
     show(seconds, arguments)
 
 

@@ -124,7 +124,7 @@ def our_step(config: NanoChatGPTConfig, ids: torch.Tensor, *, compiled: bool, ex
     model = NanoChatGPTForCausalLM(config).train()
     model.set_activation_dtype(AUTO)
     groups = build_param_groups(model, era="head", batch_tokens=ids[:, 1:].numel(), weight_decay=0.0)
-    optimizer = MuonAdamW(groups)
+    optimizer = MuonAdamW(groups, compile=compiled)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:

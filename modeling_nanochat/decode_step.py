@@ -1,11 +1,11 @@
-"""One more token for every row of a batch that has been read: the step that all decoding repeats, made lean.
+"""A short prompt, and then one more token for every row of the batch: the step that all decoding repeats, made lean.
 
     step = step_for(network, head, ...)     # None where only the modules will do
     logits = step(input_ids, attention_mask, position_ids)
 
-The modules compute the same for any number of tokens, but of one token of a small network most of the time goes to
+The modules compute the same for any number of tokens, but of few tokens of a small network most of the time goes to
 calls, checks and masks, and to products that bring their weights into another order every time. Here a layer is some
-thirty operations on (B, 1, C), and the weights are at hand as each product likes them (`Product`). The network's
+thirty operations on (B, T, C), and the weights are at hand as each product likes them (`Product`). The network's
 `forward` comes here by itself on a CPU, so chat, servers, `generate` and rollouts all do. The prices: the arithmetic of
 a layer stands in a second place (tests hold the two equal), and the weights lie in memory once more: as long as the
 network if none of them is trained, else as long as the cache, in which time they must not change.
@@ -21,15 +21,16 @@ from transformers.cache_utils import Cache
 
 from .block_attention import BLOCK_ATTENTION
 from .decoder_layer import CastLinear, MarkedEmbedding, NanoChatGPTAttention, NanoChatGPTDecoderLayer, NanoChatGPTMLP
-from .growing_cache import GROWING
+from .growing_cache import GROWING, grow_in_place
 
 # A bfloat16 product costs some 20 microseconds before it begins. Up to so many weights and rows a float32 one on a copy
 # of the weights, which gives the same bfloat16 numbers, has ended by then (measured: docs/performance.md).
 FEW_WEIGHTS, FEW_ROWS = 2**19, 4
+LONGEST_PROMPT = 256  # tokens; the modules' attention leaves out what windows hide, which pays for longer ones
 
 
 class Product:
-    """x (B, 1, in) -> (B, 1, out) in the dtype of x, by the weights (out, in) of some Linears, one under another."""
+    """x (B, T, in) -> (B, T, out) in the dtype of x, by the weights (out, in) of some Linears, one under another."""
 
     def __init__(self, linears: tuple[nn.Linear, ...], dtype: torch.dtype):
         self.sources, self.dtype = [linear.weight.detach() for linear in linears], dtype
@@ -41,7 +42,7 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.packs:
             return F.linear(x, self.form("plain"))
-        if self.is_small and len(x) <= FEW_ROWS:
+        if self.is_small and x.shape[0] * x.shape[1] <= FEW_ROWS:
             return F.linear(x.float(), self.form("float32")).to(x.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.form("packed"), None, "none", [], "")
 
@@ -82,6 +83,32 @@ class Weights:
         self.head = Product((head,), self.dtype)
 
 
+class Sight:
+    """Which keys the tokens of one call see, by layer; masks are made once for each window."""
+
+    def __init__(self, tokens: int, attention_mask: Tensor | None):
+        self.tokens, self.real = tokens, None
+        self.masks: dict[int | None, Tensor | None] = {}
+        if attention_mask is not None:
+            self.real = attention_mask.bool()[:, None, None]  # (B, 1, 1, all so far)
+
+    def of(self, states, keys: int) -> tuple[Tensor | None, bool]:
+        """A mask (B or 1, 1, T or 1, keys), True where a key is seen, and whether all is seen but what comes later."""
+        if self.tokens == 1:
+            return None if self.real is None else self.real[..., -keys:], False
+        window = states.sliding_window if states.is_sliding and states.sliding_window < self.tokens else None
+        if window is None and self.real is None:
+            return None, True
+        if window not in self.masks:
+            place = torch.arange(self.tokens)
+            back = place[:, None] - place  # (T, T)
+            seen = (back >= 0) & (back < (window or self.tokens))
+            if self.real is not None:
+                seen = seen & (self.real | (back == 0))  # padding sees itself: a softmax of nothing is no number
+            self.masks[window] = seen
+        return self.masks[window], False
+
+
 class DecodeStep:
     """The step of a network and its head, for one cache."""
 
@@ -95,49 +122,52 @@ class DecodeStep:
         self.gate_channels, self.gate_scale = config.value_gate_channels, config.value_gate_scale
         self.middle = config.num_hidden_layers // 2 if config.use_backout else None
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Float32 logits (B, 1, V) of what follows the tokens (B, 1); the mask (B, T) is 0 where a row is padded."""
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, logits_to_keep: int = 0
+    ) -> Tensor:
+        """Float32 logits (B, kept, V) of what follows the last so many of the tokens (B, T), 0 for all. More than one
+        token are a prompt, whose cache is empty; the mask (B, all so far) is 0 where a row is padded."""
         network, weights, cache = self.network, self.weights, self.cache()
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         if position_ids is None:
             position_ids = network._positions(input_ids, attention_mask, cache)
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-        x = self.norm(F.embedding(input_ids, weights.embedding).to(weights.dtype))  # (B, 1, C)
+        sight = Sight(input_ids.shape[1], attention_mask)
+        x = self.norm(F.embedding(input_ids, weights.embedding).to(weights.dtype))  # (B, T, C)
         if self.has_smear:
             x = network._smear(x, position_ids, cache)
-        cos, sin = network.rotary_emb(x, position_ids)  # (B or 1, 1, 1, D/2)
+        cos, sin = network.rotary_emb(x, position_ids)  # (B or 1, T, 1, D/2)
         angles = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
         residual, first_shares = self.residual_weights(x)
         for i, (layer, states) in enumerate(zip(weights.layers, cache.layers)):
             if first_shares:
                 x = (residual[i] * x).add_(first_shares[i])
-            x = x + self.attend(layer, states, self.norm(x), input_ids, angles, attention_mask)
+            x = x + self.attend(layer, states, self.norm(x), input_ids, angles, sight)
             x += layer.down(layer.up(self.norm(x)).relu_().square_())
             if i == self.middle:
                 middle = x
         if self.middle is not None:
             x = x - network.residual_scalars.backout_lambda.to(x.dtype) * middle
-        return weights.head(self.norm(x)).float().div_(self.softcap).tanh_().mul_(self.softcap)
+        return weights.head(self.norm(x[:, -logits_to_keep:])).float().div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def attend(self, layer: LayerWeights, states, x, input_ids, angles, attention_mask) -> Tensor:
-        """What a layer's attention adds (B, 1, C); the token's keys and values go into its states."""
-        heads, key_value_heads, dim, rows = self.heads, self.key_value_heads, self.head_dim, len(x)
+    def attend(self, layer: LayerWeights, states, x, input_ids, angles, sight) -> Tensor:
+        """What a layer's attention adds (B, T, C); the tokens' keys and values go into its states."""
+        heads, key_value_heads, dim, shape = self.heads, self.key_value_heads, self.head_dim, x.shape[:2]
         turned = heads + key_value_heads  # queries and keys
-        projected = layer.query_key_value(x).view(rows, 1, turned + key_value_heads, dim)
+        projected = layer.query_key_value(x).view(*shape, turned + key_value_heads, dim)
         both, value = projected[:, :, :turned], projected[:, :, turned:]
         if layer.gate is not None:
-            gate = F.linear(x[..., : self.gate_channels], layer.gate).sigmoid_().mul_(self.gate_scale)  # (B, 1, H_kv)
+            gate = F.linear(x[..., : self.gate_channels], layer.gate).sigmoid_().mul_(self.gate_scale)  # (B, T, H_kv)
             looked_up = F.embedding(input_ids, layer.table).to(x.dtype).view_as(value)
             value = value + gate.unsqueeze(-1) * looked_up
         swapped = both.unflatten(-1, (2, dim // 2)).flip(-2).flatten(-2)
         both = self.norm((both * angles[0]).add_(swapped.mul_(angles[1]))).mul_(self.query_key_scale)
         query, key = both[:, :, :heads].transpose(1, 2), both[:, :, heads:].transpose(1, 2)
-        keys, values = states.update(key, value.transpose(1, 2))  # (B, H_kv, T, D)
-        seen = None if attention_mask is None else attention_mask[..., -keys.shape[2] :]
-        mixed = F.scaled_dot_product_attention(query, keys, values, seen, enable_gqa=heads != key_value_heads)
-        return layer.output(mixed.reshape(rows, 1, heads * dim))
+        keys, values = states.update(key, value.transpose(1, 2))  # (B, H_kv, keys, D)
+        seen, is_causal = sight.of(states, keys.shape[2])
+        grouped = heads != key_value_heads
+        mixed = F.scaled_dot_product_attention(query, keys, values, seen, is_causal=is_causal, enable_gqa=grouped)
+        return layer.output(mixed.transpose(1, 2).reshape(*shape, heads * dim))
 
     def norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
@@ -160,23 +190,31 @@ def step_for(
 ) -> DecodeStep | None:
     """The step for this call of a network with its head; None where the modules have to do it.
 
-    That is: more than one token, an empty or foreign cache, gradients, another device than the CPU, a request for
-    anything but logits (`others`), another attention, modules that are not the network's own (adapters, quantised
-    weights) or that somebody listens to (hooks).
+    That is: tokens that are neither one more nor a short prompt, a foreign cache, gradients, another device than the
+    CPU, a request for anything but logits (`others`), another attention, modules that are not the network's own
+    (adapters, quantised weights) or that somebody listens to (hooks), and a prompt for weights that are trained: each
+    cache would pack them.
     """
-    if cache is None or input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
-        return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if cache is None or input_ids is None or input_ids.device.type != "cpu":
         return None
     if any(value is not None and value is not False for value in others.values()):
         return None
+    tokens, before = input_ids.shape[1], cache.get_seq_length()
+    if (before == 0 and not 1 < tokens <= LONGEST_PROMPT) or (before > 0 and tokens != 1):
+        return None
     if attention_mask is not None:
         whole = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        if not whole or attention_mask.shape[1] != cache.get_seq_length() + 1:
+        if not whole or attention_mask.shape[1] != before + tokens:
             return None
     step = STEPS.get(cache)
     if step is None or step.network is not network:
-        if not is_plain(network, head) or not has_grown(cache):
+        if not is_plain(network, head) or (before == 0 and is_trained(network, head)):
+            return None
+        grow_in_place(cache)
+        known = [type(layer) in GROWING.values() for layer in cache.layers]  # a cache may make them as they come
+        if len(known) != len(network.layers) or not all(known):
             return None
         step = STEPS[cache] = DecodeStep(network, cache, weights_of(network, head))
     return step
@@ -184,9 +222,9 @@ def step_for(
 
 def weights_of(network: nn.Module, head: nn.Linear) -> Weights:
     """New ones, or those of last time if the network's are not trained and have not changed since."""
-    sources = [module.weight for module in weighted_modules(network, head)]
-    if any(source.requires_grad or source.is_inference() for source in sources):
+    if is_trained(network, head):
         return Weights(network, head)
+    sources = [module.weight for module in weighted_modules(network, head)]
     state = [network.activation_dtype, *((source.data_ptr(), source._version) for source in sources)]
     kept_state, weights = FROZEN.get(network, (None, None))
     if kept_state != state:
@@ -195,9 +233,10 @@ def weights_of(network: nn.Module, head: nn.Linear) -> Weights:
     return weights
 
 
-def has_grown(cache: Cache) -> bool:
-    """Whether the network has read something into the cache, all of it into states that grow in place."""
-    return cache.get_seq_length() > 0 and all(type(layer) in GROWING.values() for layer in cache.layers)
+def is_trained(network: nn.Module, head: nn.Linear) -> bool:
+    """Whether the weights may change without a trace: those that are trained, and those that inference mode made."""
+    weights = (module.weight for module in weighted_modules(network, head))
+    return any(weight.requires_grad or weight.is_inference() for weight in weights)
 
 
 def is_plain(network: nn.Module, head: nn.Module) -> bool:

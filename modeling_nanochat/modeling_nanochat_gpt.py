@@ -363,11 +363,11 @@ class NanoChatGPTForCausalLM(OwnDecodingMixin, NanoChatGPTPreTrainedModel, Gener
         Returns:
             loss: float32 scalar in nats; logits: (B, kept, V) float32.
         """
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else None  # as a number it keeps the only one
+        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else None
         others = {"labels": labels, "inputs_embeds": inputs_embeds, "kept": kept, **kwargs}
         step = step_for(self.model, self.lm_head, input_ids, attention_mask, past_key_values, others)
         if step is not None:
-            logits = step(input_ids, attention_mask, position_ids)
+            logits = step(input_ids, attention_mask, position_ids, logits_to_keep or 0)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(

@@ -65,6 +65,38 @@ def test_it_equals_the_modules(era, dtype, rows, padded, steps, monkeypatch):
         assert off(ours.keys, exact.keys) < 1.2 * off(theirs.keys, exact.keys) + 1e-5
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("width", [5, 21])  # within the window of 9, and beyond it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("era", ["seed", "head"])
+@torch.no_grad()
+def test_a_prompt_read_for_frozen_weights_equals_the_modules(era, dtype, width, padded, steps, monkeypatch):
+    """Logits, cache, and what is decoded from it; of the last place as of all."""
+    model = sharp_model(era)
+    cast_weights(model, torch.float32)
+    ids = torch.randint(1, SHARP_VOCAB, (2, width), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, : 2 if padded else 0] = 0
+
+    def run(dtype):
+        model.set_activation_dtype(dtype)
+        cache = DynamicCache(config=model.config)
+        logits = model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()]
+        keys = [layer.keys[:1].clone() for layer in cache.layers]  # of the row without padding
+        return torch.cat([logits, decode(model, cache, mask).flatten(0, 1)]), keys
+
+    found, keys = run(dtype)
+    assert len(steps) == 1 + NEW
+    last = model(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).logits
+    assert last.shape[1] == 1 and torch.allclose(last[0, 0], found[width - 1], atol=1e-2)
+    monkeypatch.setattr(modeling_nanochat_gpt, "step_for", lambda *args: None)
+    (expected, expected_keys), (exact, exact_keys) = run(dtype), run(torch.float32)
+    assert off(found, exact) < 1.2 * off(expected, exact) + 1e-5
+    for ours, theirs, exact in zip(keys, expected_keys, exact_keys):
+        assert ours.shape == theirs.shape
+        assert off(ours, exact) < 1.2 * off(theirs, exact) + 1e-5
+
+
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -89,7 +121,13 @@ def test_everything_else_is_left_to_the_modules(case, steps):
     with torch.set_grad_enabled(case == "gradients"):
         cache, mask = read(model)
         if case == "several tokens":
+            cast_weights(model, torch.float32)
             model(mask[:, :2], past_key_values=cache)
+            model(
+                mask[:, :1].expand(-1, decode_step.LONGEST_PROMPT + 1),
+                past_key_values=DynamicCache(config=model.config),
+            )
+            sharp_model("seed").requires_grad_(False)(mask, past_key_values=DynamicCache())  # its layers come with use
         else:
             decode(model, cache, mask, **options)
     assert not steps
@@ -113,6 +151,7 @@ def test_new_weights_decode_from_the_next_cache_on(steps):
 
 @torch.no_grad()
 def test_nothing_is_left_of_a_cache_or_a_network(steps):
+    gc.collect()
     caches, networks = len(decode_step.STEPS), len(decode_step.FROZEN)
     model = sharp_model("seed")
     cast_weights(model, torch.float32)

@@ -60,7 +60,7 @@ class MuonAdamW(torch.optim.Optimizer):
         param_groups: the groups.
         process_group: the ranks that share the work; all of torch.distributed if it is initialised.
         compile: whether Muon's update is compiled. By default it is on GPUs, where a compiler is found; on a CPU the
-            products take nearly all of the time, and a compilation longer than it saves in a short run.
+            products take most of the time, and compiling takes longer than it saves in a short run.
         shared: whether ranks share the work. False: every rank has the whole state and does everything, for gradients
             that are averaged already, as DDP leaves them, and trainers that save rank 0's state for all.
 
