@@ -88,7 +88,7 @@ bench: .venv/.installed ## every benchmark, one after another; the studies (benc
 	for file in $(filter-out %_study.py,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 FIGURES := out/figures
-figures: .venv/.installed ## the essay's pictures, from a small run of each stage (a quarter of an hour on two quiet cores)
+figures: .venv/.installed ## the essay's pictures, from a small run of each stage (half an hour on two quiet cores)
 	$(BIN)/nanochat prepare_data --config $(DEMO)/data.yaml --output_dir $(FIGURES)/data
 	$(BIN)/nanochat train_tokenizer --config $(DEMO)/tokenizer.yaml --data $(FIGURES)/data/pretrain --output_dir $(FIGURES)/tokenizer
 	$(LAUNCH) modeling_nanochat.recipes.pretrain --config $(DEMO)/pretrain.yaml --max_steps 128 --max_minutes 600 \

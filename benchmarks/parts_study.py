@@ -1,6 +1,6 @@
 """What each part of the network is missed for: the demo's network trained without it, for as many steps.
 
-    python -m benchmarks.parts_study            # about half an hour on one core; goes on where it was stopped
+    python -m benchmarks.parts_study            # three quarters of an hour on one core; goes on where it was stopped
 
 A part is taken out (or, for two that came later, put in) and everything else stays: text, order, number of steps, the
 demo's rates. What counts is the loss on held-out text beside that of the whole network from the same seed, which says

@@ -1,7 +1,7 @@
 """By how much the loss on held-out text rises without each part of the network, for every seed.
 
-Reads docs/figures/missing_parts.json, which `python -m benchmarks.parts_study` writes in half an hour on one core:
-too long for `make figures`.
+Reads docs/figures/missing_parts.json, which `python -m benchmarks.parts_study` writes in three quarters of an hour of
+one core: too long for `make figures`.
 """
 
 import json
