@@ -101,9 +101,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _subtract_at(matrix: torch.Tensor, ids: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
     """Subtracts amounts (n, 1) from the columns ids (n, 1) of a matrix (n, V), in place where that can be. A compiler
-    fuses a comparison into the passes around it; without one, touching n elements beats passes over all."""
+    fuses a comparison into the passes around it, of int32, as 64 bits fill twice the registers; without one, touching
+    n elements beats passes over all."""
     if torch.compiler.is_compiling():
-        return matrix - amounts * (torch.arange(matrix.shape[1], device=ids.device) == ids)
+        columns = torch.arange(matrix.shape[1], dtype=torch.int32, device=ids.device)
+        return torch.where(columns == ids.to(torch.int32), matrix - amounts, matrix)
     return matrix.scatter_add_(-1, ids, -amounts)
 
 

@@ -380,17 +380,9 @@ class NanoChatGPTForCausalLM(OwnDecodingMixin, NanoChatGPTPreTrainedModel, Gener
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (B, T, C)
-        loss = None
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        if shift_labels is not None:
-            loss = chunked_cross_entropy(
-                hidden_states.flatten(0, 1),
-                self._whole_head_weight(),
-                shift_labels.flatten().to(hidden_states.device),
-                self.config.final_logit_softcapping,
-                num_items_in_batch,
-            )
+        loss = None if shift_labels is None else self._loss(hidden_states, shift_labels, num_items_in_batch)
         logits = None
         if loss is None or not self.training or logits_to_keep is not None:
             kept = slice_logits_to_keep(hidden_states, 0 if logits_to_keep is None else logits_to_keep)
@@ -401,6 +393,15 @@ class NanoChatGPTForCausalLM(OwnDecodingMixin, NanoChatGPTPreTrainedModel, Gener
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_states, targets, num_items_in_batch) -> torch.Tensor:
+        return chunked_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self._whole_head_weight(),
+            targets.flatten().to(hidden_states.device),
+            self.config.final_logit_softcapping,
+            num_items_in_batch,
         )
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

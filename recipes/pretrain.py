@@ -335,7 +335,9 @@ def what_became_of_documents(trainer: PretrainTrainer) -> dict[str, Any]:
 
 def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:
     config, network, plan = trainer.args, trainer.model.config, settled.plan
-    expected = plan.flops / (trainer.peak_flops_per_second * devices.EXPECTED_UTILISATION[config.device.type])
+    expected = devices.expected_seconds(
+        plan.flops, config.device, trainer.activation_dtype, config.world_size, trainer.peak_flops_per_second
+    )
     needed = memory.memory_per_device(
         network,
         config.per_device_train_batch_size,
