@@ -18,14 +18,16 @@ BLOCK_ATTENTION = "nanochat_block"  # the name for `attn_implementation`
 LONGEST_FULL_ATTENTION = 2048  # tokens; measured: equal to SDPA there, 1.5x faster at 512 (docs/performance.md)
 
 
-def _block_size(length: int) -> int:
-    """Queries of a block. Small blocks waste less on hidden keys, large ones keep the products efficient."""
-    return 64 if length <= 512 else 128
+def _block_size(length: int, window: int) -> int:
+    """Queries of a block. Small blocks waste less on hidden keys, of which windows have more, large ones keep the
+    products efficient (measured: docs/performance.md)."""
+    size = 64 if length <= 512 else 128
+    return 2 * size if window >= length else size
 
 
 def _blocks(length: int, window: int):
     """(first key, first query, end) of each block; a query sees `window` positions, itself included."""
-    size = _block_size(length)
+    size = _block_size(length, window)
     reach = -(-(window - 1) // size) * size  # whole blocks before the query's own
     for start in range(0, length, size):
         yield max(0, start - reach), start, min(length, start + size)
@@ -33,7 +35,7 @@ def _blocks(length: int, window: int):
 
 def _num_probabilities(length: int, window: int) -> int:
     """Entries kept per row and head, counted in whole blocks (a closed form, as `length` may be symbolic)."""
-    size = _block_size(length)
+    size = _block_size(length, window)
     blocks, reach = -(-length // size), -(-(window - 1) // size)
     if blocks <= reach + 1:
         return size * size * (blocks * (blocks + 1) // 2)
