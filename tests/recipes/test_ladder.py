@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tail_average import TailAverages
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes import ladder
 from modeling_nanochat.recipes.ladder import Curve, LadderArguments, Rung, bytes_of_a_token, multipliers
@@ -129,3 +131,15 @@ def test_what_is_no_ladder_is_refused(wrong, message):
 def test_reference_must_be_a_finished_ladder(tmp_path):
     with pytest.raises(ValueError, match="expected the folder of a finished ladder"):
         ladder.reference_rungs(str(tmp_path), [2])
+
+
+def test_tail_averages_are_the_means_of_the_last_steps():
+    """What benchmarks/tail_average.py judges: of ten steps the last 20%, and 35% rounded up."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    averages, seen = TailAverages([0.2, 0.35]), []
+    for step in range(1, 11):
+        torch.nn.init.normal_(model.weight)
+        seen.append(model.weight.detach().clone())
+        averages.on_step_end(None, SimpleNamespace(global_step=step, max_steps=10), None, model)
+    for share, count in ((0.2, 2), (0.35, 4)):
+        assert torch.allclose(averages.means[share][0], torch.stack(seen[-count:]).mean(0), atol=1e-6)
