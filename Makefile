@@ -25,7 +25,7 @@ install: .venv/.installed ## set up .venv with the tested versions
 	touch $@
 
 demo: .venv/.installed ## data, tokenizer, pretraining, SFT, RL, evaluation, chat and report in out/demo
-	@echo 'From nothing to a model that chats, in out/demo: seven minutes on two cores that multiply bfloat16, a quarter of an hour on others. The same command goes on where it stopped.'
+	@echo 'From nothing to a model that chats, in out/demo: eight minutes on two cores that multiply bfloat16, a quarter of an hour on others. The same command goes on where it stopped.'
 	$(BIN)/nanochat prepare_data --config $(DEMO)/data.yaml
 	$(BIN)/nanochat train_tokenizer --config $(DEMO)/tokenizer.yaml
 	$(LAUNCH) modeling_nanochat.recipes.pretrain --config $(DEMO)/pretrain.yaml
