@@ -22,7 +22,7 @@ def _block_size(length: int, window: int) -> int:
     """Queries of a block. Small blocks waste less on hidden keys, of which windows have more, large ones keep the
     products efficient (measured: docs/performance.md)."""
     size = 64 if length <= 512 else 128
-    return 2 * size if window >= length else size
+    return min(2 * size if window >= length else size, length)
 
 
 def _blocks(length: int, window: int):
@@ -66,7 +66,8 @@ def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query.reshape(batch * key.shape[1], heads // key.shape[1], length, head_dim)
 
 
-@torch.library.custom_op("nanochat::block_attention", mutates_args=())
+# Compiled code is cached by the operator's name, with the sizes it had: other sizes of what is kept want another name.
+@torch.library.custom_op("nanochat::attention_in_blocks", mutates_args=())
 def block_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +110,7 @@ def _(query, key, value, scaling, window, keep):
     return query.new_empty(batch, length, heads, head_dim), query.new_empty(kept)
 
 
-@torch.library.custom_op("nanochat::block_attention_backward", mutates_args=())
+@torch.library.custom_op("nanochat::attention_in_blocks_backward", mutates_args=())
 def block_attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,

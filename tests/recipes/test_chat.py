@@ -93,14 +93,21 @@ def test_typed_special_tokens_stay_text(talk):
 def test_with_its_defaults_a_conversation_of_any_length_goes_on(talk):
     """The defaults ask for answers as long as this context; nothing is forgotten before it must be."""
     assert ChatArguments().max_new_tokens >= CHAT_CONTEXT
-    notes = [talk.ask(HELLO), talk.ask(SUM)]
-    assert notes == [None, None]
-    while notes[-1] is None and len(notes) < 40:  # how long an answer is, the processor's rounding decides
-        notes.append(talk.ask(HELLO))
+    for question in (HELLO, SUM, COUNT):
+        # How long this model's answers to what it was not taught are, rounding decides; one that never ends by itself
+        # takes all of the memory at once, so that there is nothing to look at.
+        talk.begin()
+        talk.prompts.clear()
+        notes = [talk.ask(SUM)]
+        while notes[-1] is None and len(notes) < 40:
+            notes.append(talk.ask(question))
+        if not notes[-1].startswith("cut off"):
+            break
+    assert len(notes) > 2
     assert notes[-1].startswith("the model's memory is full: it no longer sees the first ")
     assert all(len(prompt) <= CHAT_CONTEXT * 3 / 4 for prompt in talk.prompts)
     assert len(talk.prompts[-1]) > CHAT_CONTEXT / 2
-    assert "What is" not in talk.tokenizer.decode(talk.prompts[-1]) or talk.chat.forgotten < 4
+    assert talk.chat.forgotten >= 2
     assert len(talk.chat.messages) == 2 * len(notes)  # what is kept and saved is all of it
 
 
