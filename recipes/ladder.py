@@ -315,6 +315,7 @@ def plot(
     for use, time_, loss in zip(uses, milliseconds, losses):
         against_time.annotate(f"d{use.depth}", (time_, loss), textcoords="offset points", xytext=(5, 5))
     against_time.set(xlabel="milliseconds a token, one row", ylabel="validation bits per byte")
+    against_time.margins(0.1)  # for the names beside the points
     figure.savefig(file, dpi=150, format="png")
 
 
