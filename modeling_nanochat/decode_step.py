@@ -26,7 +26,7 @@ from .growing_cache import GROWING, grow_in_place
 # A bfloat16 product costs some 20 microseconds before it begins. Up to so many weights and rows a float32 one on a copy
 # of the weights, which gives the same bfloat16 numbers, has ended by then (measured: docs/performance.md).
 FEW_WEIGHTS, FEW_ROWS = 2**19, 4
-LONGEST_PROMPT = 256  # tokens; the modules' attention leaves out what windows hide, which pays for longer ones
+LONGEST_PROMPT = 256  # tokens; the lean way is ahead up to 1,024 at least, but its masks grow with the square
 
 
 class Product:
@@ -210,20 +210,22 @@ def step_for(
             return None
     step = STEPS.get(cache)
     if step is None or step.network is not network:
-        if not is_plain(network, head) or (before == 0 and is_trained(network, head)):
+        if not is_plain(network, head):
+            return None
+        trained = is_trained(network, head)
+        if trained and before == 0:
             return None
         grow_in_place(cache)
         known = [type(layer) in GROWING.values() for layer in cache.layers]  # a cache may make them as they come
         if len(known) != len(network.layers) or not all(known):
             return None
-        step = STEPS[cache] = DecodeStep(network, cache, weights_of(network, head))
+        weights = Weights(network, head) if trained else kept_weights(network, head)
+        step = STEPS[cache] = DecodeStep(network, cache, weights)
     return step
 
 
-def weights_of(network: nn.Module, head: nn.Linear) -> Weights:
-    """New ones, or those of last time if the network's are not trained and have not changed since."""
-    if is_trained(network, head):
-        return Weights(network, head)
+def kept_weights(network: nn.Module, head: nn.Linear) -> Weights:
+    """Those of last time, or new ones if the network's have changed since; of a network that is not trained."""
     sources = [module.weight for module in weighted_modules(network, head)]
     state = [network.activation_dtype, *((source.data_ptr(), source._version) for source in sources)]
     kept_state, weights = FROZEN.get(network, (None, None))

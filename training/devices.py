@@ -119,7 +119,7 @@ DEVICES = {
 
 # Share of `peak_flops_per_second` that training is expected to reach, for the announced time. Upstream's d24 took 3.04
 # hours on eight H100 (2026-01-29), 0.50 of the data sheet by this count; two CPU cores gave 0.65 of a float32 product,
-# and of a native bfloat16 one, which leaves everything else behind, 0.15 (the demo) to 0.37.
+# and of a native bfloat16 one, which leaves everything else behind, 0.14 (the demo) to 0.55.
 EXPECTED_UTILISATION = {"cuda": 0.4, "cpu": 0.6}
 EXPECTED_OF_NATIVE_BFLOAT16 = 0.2  # on a CPU
 

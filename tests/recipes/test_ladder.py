@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
-from benchmarks.tail_average import TailAverages
+from benchmarks.tail_study import TailAverages
 from modeling_nanochat import NanoChatGPTConfig
 from modeling_nanochat.recipes import ladder
 from modeling_nanochat.recipes.ladder import Curve, LadderArguments, Rung, bytes_of_a_token, multipliers
@@ -134,7 +134,7 @@ def test_reference_must_be_a_finished_ladder(tmp_path):
 
 
 def test_tail_averages_are_the_means_of_the_last_steps():
-    """What benchmarks/tail_average.py judges: of ten steps the last 20%, and 35% rounded up."""
+    """What benchmarks/tail_study.py judges: of ten steps the last 20%, and 35% rounded up."""
     model = torch.nn.Linear(2, 1, bias=False)
     averages, seen = TailAverages([0.2, 0.35]), []
     for step in range(1, 11):

@@ -1,6 +1,6 @@
 """Are weights averaged over the end of a run better than its last ones? Judged on a ladder, as a change of recipe is.
 
-    python -m benchmarks.tail_average --config ladder_toy/seed --era head --unembedding_lr 0.064 \\
+    python -m benchmarks.tail_study --config ladder_toy/seed --era head --unembedding_lr 0.064 \\
         --output_dir out/tail_average
 
 Every run of the ladder is trained twice: by the era's schedule, whose rates fall over the last two thirds, and at full
@@ -23,15 +23,8 @@ from transformers import TrainerCallback
 
 from modeling_nanochat.inference import eval_mode
 from modeling_nanochat.recipes.command_line import parse, run
-from modeling_nanochat.recipes.ladder import LadderArguments, Rung, all_runs, multipliers, reference_rungs
-from modeling_nanochat.recipes.pretrain import (
-    BITS_PER_BYTE,
-    FOLLOWS,
-    RunSettings,
-    Validation,
-    make_model,
-    settle,
-)
+from modeling_nanochat.recipes.ladder import REFUSED, LadderArguments, Rung, all_runs, multipliers, reference_rungs
+from modeling_nanochat.recipes.pretrain import BITS_PER_BYTE, FOLLOWS, RunSettings, Validation, make_model, settle
 from modeling_nanochat.recipes.stages.folder import load_tokenizer
 from modeling_nanochat.recipes.stages.tables import markdown_table
 from modeling_nanochat.tokenization_nanochat_gpt import generation_token_ids
@@ -42,6 +35,7 @@ from modeling_nanochat.training.whole_files import write_json
 
 SCHEDULES = {"the era's": {}, "full to the end": {"warmdown_ratio": 0.0}}
 LAST = "last weights"
+UNUSED = FOLLOWS | REFUSED | {"max_hours": "fewer depths or seeds"}
 
 
 @dataclass
@@ -94,12 +88,12 @@ def bits_per_byte(settings: RunSettings, shares: Sequence[float]) -> dict[str, f
 
 
 def main() -> None:
-    tail, ladder, *groups = parse(TailArguments, LadderArguments, *RunSettings.CLASSES, refused=FOLLOWS)
+    tail, ladder, *groups = parse(TailArguments, LadderArguments, *RunSettings.CLASSES, refused=UNUSED)
     settings = RunSettings(*groups)
     flops_of = reference_rungs(ladder.reference, ladder.depths) if ladder.reference else None
     found: dict[tuple[str, str], list[Rung]] = {}
     for schedule, change in SCHEDULES.items():
-        config = dataclasses.replace(settings.config, save_strategy="no", **change)
+        config = dataclasses.replace(settings.config, **change)
         for own, flops in all_runs(dataclasses.replace(settings, config=config), ladder, flops_of):
             depth, seed = own.network.depth, own.config.seed
             file = Path(settings.config.output_dir, f"{schedule}, depth {depth}, seed {seed}.json")
