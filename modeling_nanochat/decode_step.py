@@ -26,7 +26,7 @@ from .growing_cache import GROWING, grow_in_place
 # A bfloat16 product costs some 20 microseconds before it begins. Up to so many weights and rows a float32 one on a copy
 # of the weights, which gives the same bfloat16 numbers, has ended by then (measured: docs/performance.md).
 FEW_WEIGHTS, FEW_ROWS = 2**19, 4
-LONGEST_PROMPT = 256  # tokens; the lean way is ahead up to 1,024 at least, but its masks grow with the square
+LONGEST_PROMPT = 1024  # tokens; the lean way is ahead so far (docs/performance.md); its masks grow with the square
 
 
 class Product:
