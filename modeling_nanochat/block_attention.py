@@ -42,14 +42,15 @@ def _num_probabilities(length: int, window: int) -> int:
     return size * size * ((reach + 1) * (reach + 2) // 2 + (blocks - reach - 1) * (reach + 1))
 
 
-def _hide(scores: torch.Tensor, first_key: int, start: int, end: int, window: int) -> None:
-    """Sets the scores of later keys and of keys before the window to -inf. (N, G, queries, keys)"""
-    queries = torch.arange(start, end, device=scores.device).unsqueeze(-1)
-    keys = torch.arange(first_key, end, device=scores.device)
-    diagonal = start - first_key
-    scores[..., diagonal:].masked_fill_(keys[diagonal:] > queries, float("-inf"))
-    before = max(0, end - window - first_key)  # keys that the last query no longer sees
-    scores[..., :before].masked_fill_(keys[:before] <= queries - window, float("-inf"))
+def _hide(scores: torch.Tensor, window: int) -> None:
+    """Adds -inf to the scores of later keys and of keys before the window. (N, G, queries, keys), of which the last
+    keys are those of the queries themselves. Adding is faster than filling by a mask."""
+    queries, keys = scores.shape[-2:]
+    own = keys - queries  # where the queries' own keys begin
+    scores[..., own:].add_(scores.new_full((queries, queries), float("-inf")).triu_(1))
+    before = keys - window  # keys that the last query no longer sees
+    if before > 0:
+        scores[..., :before].add_(scores.new_full((queries, before), float("-inf")).tril_(own - window))
 
 
 def _seen(x: torch.Tensor, first_key: int, end: int) -> torch.Tensor:
@@ -69,20 +70,19 @@ def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 # Compiled code is cached by the operator's name, with the sizes it had: other sizes of what is kept want another name.
 @torch.library.custom_op("nanochat::attention_in_blocks", mutates_args=())
 def block_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int, keep: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every position to itself and the `window - 1` positions before it.
 
     Args:
-        query: (B, H, T, D); key and value: (B, H_kv, T, D), H_kv dividing H.
-        scaling: factor on the scores.
+        query: (B, H, T, D), scaled; key and value: (B, H_kv, T, D), H_kv dividing H.
         keep: return the probabilities, which the backward pass needs.
 
     Returns:
         (B, T, H, D) output and the flat probabilities (empty unless `keep`).
     """
     batch, heads, length, head_dim = query.shape
-    grouped = _grouped(query, key) * scaling  # (N, G, T, D) with N = B * H_kv
+    grouped = _grouped(query, key)  # (N, G, T, D) with N = B * H_kv
     n, groups = grouped.shape[:2]
     keys, values = key.reshape(n, length, head_dim), value.reshape(n, length, head_dim)
     output = grouped.new_empty(grouped.shape)
@@ -91,7 +91,7 @@ def block_attention(
     for first_key, start, end in _blocks(length, window):
         rows = grouped[:, :, start:end].reshape(n, -1, head_dim)  # (N, G * queries, D)
         scores = torch.bmm(rows, _seen(keys, first_key, end))  # (N, G * queries, keys)
-        _hide(scores.view(n, groups, end - start, -1), first_key, start, end, window)
+        _hide(scores.view(n, groups, end - start, -1), window)
         if keep:
             probabilities = kept[used : used + scores.numel()].view_as(scores)
             used += scores.numel()
@@ -104,7 +104,7 @@ def block_attention(
 
 
 @block_attention.register_fake
-def _(query, key, value, scaling, window, keep):
+def _(query, key, value, window, keep):
     batch, heads, length, head_dim = query.shape
     kept = batch * heads * _num_probabilities(length, window) if keep else 0
     return query.new_empty(batch, length, heads, head_dim), query.new_empty(kept)
@@ -116,51 +116,46 @@ def block_attention_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
     kept: torch.Tensor,
-    scaling: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the gradient (B, T, H, D) of the output."""
     length, head_dim = query.shape[2:]
-    grouped = _grouped(query, key) * scaling  # (N, G, T, D)
+    grouped = _grouped(query, key)  # (N, G, T, D)
     n, groups = grouped.shape[:2]
     keys, values = key.reshape(n, length, head_dim), value.reshape(n, length, head_dim)
-    # The softmax's gradient subtracts sum_j p_ij dp_ij, which equals the output's dot product with its gradient.
-    inner = _grouped((grad * output).sum(-1, keepdim=True).transpose(1, 2), key)  # (N, G, T, 1)
     grad = _grouped(grad.transpose(1, 2), key)
     query_grad = grouped.new_empty(grouped.shape)  # contiguous, as promised to the compiler; `_like` copies strides
     key_grad, value_grad = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
     used = 0
     for first_key, start, end in _blocks(length, window):
-        rows, row_grads, row_inner = (x[:, :, start:end].flatten(1, 2) for x in (grouped, grad, inner))
+        rows, row_grads = (x[:, :, start:end].flatten(1, 2) for x in (grouped, grad))
         shape = (n, groups * (end - start), end - first_key)
         probabilities = kept[used : used + shape[0] * shape[1] * shape[2]].view(shape)
         used += probabilities.numel()
         value_grad[:, first_key:end].baddbmm_(probabilities.transpose(1, 2), row_grads)
-        score_grads = torch.bmm(row_grads, _seen(values, first_key, end))
-        score_grads.sub_(row_inner).mul_(probabilities)
+        grads = torch.bmm(row_grads, _seen(values, first_key, end))  # of the probabilities
+        score_grads = torch.ops.aten._softmax_backward_data(grads, probabilities, -1, grads.dtype)
         query_grad[:, :, start:end] = torch.bmm(score_grads, keys[:, first_key:end]).view(n, groups, -1, head_dim)
         key_grad[:, first_key:end].baddbmm_(score_grads.transpose(1, 2), rows)
-    return query_grad.mul_(scaling).view(query.shape), key_grad.view(key.shape), value_grad.view(value.shape)
+    return query_grad.view(query.shape), key_grad.view(key.shape), value_grad.view(value.shape)
 
 
 @block_attention_backward.register_fake
-def _(grad, query, key, value, output, kept, scaling, window):
+def _(grad, query, key, value, kept, window):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, ctx.scaling, ctx.window, _ = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    query, key, value, ctx.window, _ = inputs
+    ctx.save_for_backward(query, key, value, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
-    query, key, value, output, kept = ctx.saved_tensors
-    grads = block_attention_backward(grad, query, key, value, output, kept, ctx.scaling, ctx.window)
-    return (*grads, None, None, None)
+    grads = block_attention_backward(grad, *ctx.saved_tensors, ctx.window)
+    return (*grads, None, None)
 
 
 block_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -182,9 +177,10 @@ def block_attention_forward(
     if not whole or (sliding_window is None and length > LONGEST_FULL_ATTENTION):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    # The operators would copy what lies otherwise, in both passes; here a compiler writes it in place.
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    output, _ = block_attention(query, key, value, scaling, min(sliding_window or length, length), keep)
+    # The operators would copy what lies otherwise, in both passes, and scale; here a compiler does so while it writes.
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
+    output, _ = block_attention(query, key, value, min(sliding_window or length, length), keep)
     return output, None
 
 

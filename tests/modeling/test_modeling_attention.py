@@ -13,13 +13,13 @@ from modeling_nanochat.block_attention import BLOCK_ATTENTION, block_attention, 
 from tests.toys import drawn_model
 
 
-def obvious_attention(query, key, value, scaling, window):
+def obvious_attention(query, key, value, window):
     """(B, H, T, D) -> (B, T, H, D) with a mask over all pairs."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     positions = torch.arange(query.shape[2])
     distance = positions[:, None] - positions
-    scores = (query @ key.transpose(2, 3) * scaling).masked_fill((distance < 0) | (distance >= window), float("-inf"))
+    scores = (query @ key.transpose(2, 3)).masked_fill((distance < 0) | (distance >= window), float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
@@ -32,8 +32,8 @@ def random_inputs(length, heads=4, key_heads=2, head_dim=8, dtype=torch.float64)
 @pytest.mark.parametrize("length, window", [(1, 1), (64, 64), (100, 100), (130, 65), (200, 1), (300, 128), (700, 257)])
 def test_blocks_equal_the_obvious_attention(length, window):
     inputs = random_inputs(length)
-    expected = obvious_attention(*inputs, 0.3, window)
-    output, _ = block_attention(*inputs, 0.3, window, True)
+    expected = obvious_attention(*inputs, window)
+    output, _ = block_attention(*inputs, window, True)
     torch.testing.assert_close(output, expected)
     grad = torch.randn_like(expected)
     for ours, theirs in zip(torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
@@ -50,10 +50,10 @@ def test_blocks_are_well_formed_operators(batch, heads_first):
     inputs = [x.detach()[:batch] for x in random_inputs(128, dtype=torch.float32)]
     if not heads_first:
         inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    torch.library.opcheck(block_attention, (*(x.clone().requires_grad_() for x in inputs), 0.3, 33, True))
-    output, kept = block_attention(*inputs, 0.3, 33, True)
+    torch.library.opcheck(block_attention, (*(x.clone().requires_grad_() for x in inputs), 33, True))
+    output, kept = block_attention(*inputs, 33, True)
     assert output.is_contiguous()
-    arguments = (torch.randn_like(output), *inputs, output, kept, 0.3, 33)
+    arguments = (torch.randn_like(output), *inputs, kept, 33)
     torch.library.opcheck(block_attention_backward, arguments)
     assert all(grad.is_contiguous() for grad in block_attention_backward(*arguments))
 
@@ -96,7 +96,7 @@ def test_flash_kernels_get_the_window_that_sdpa_masks(monkeypatch):
         windows.append(sliding_window)
         assert mask is None and is_causal
         return obvious_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale, sliding_window or query_length
+            *(x.transpose(1, 2) for x in (query * softmax_scale, key, value)), sliding_window or query_length
         )
 
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
@@ -115,11 +115,11 @@ def register_stand_ins():
         raise RuntimeError("no kernel image is available\nfor execution")
 
     def windowless(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        return obvious_attention(query, key, value, scaling, query.shape[2]), None
+        return obvious_attention(query * scaling, key, value, query.shape[2]), None
 
     def forward_only(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-        inputs = (x.detach() for x in (query, key, value))
-        return obvious_attention(*inputs, scaling, sliding_window or query.shape[2]), None
+        inputs = (x.detach() for x in (query * scaling, key, value))
+        return obvious_attention(*inputs, sliding_window or query.shape[2]), None
 
     for kernel in (broken, windowless, forward_only):
         AttentionInterface.register(kernel.__name__, kernel)

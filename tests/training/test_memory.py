@@ -39,7 +39,7 @@ def test_kept_probabilities_are_those_that_block_attention_keeps(pattern, length
     for kind in config.layer_types:
         window = config.sliding_window if "sliding" in kind else length
         query = torch.zeros(1, config.num_attention_heads, length, config.head_dim)
-        kept += block_attention(query, query, query, 1.0, window, True)[1].numel()
+        kept += block_attention(query, query, query, window, True)[1].numel()
     assert kept_probabilities(config, length) * length == pytest.approx(kept, rel=0.25)  # it keeps whole blocks
 
 
