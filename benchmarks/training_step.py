@@ -6,11 +6,17 @@ Upstream runs in three settings: float32 and eager (the seed era's default on a 
 default), and bfloat16 and compiled (head's best, where the processor multiplies bfloat16 itself; emulated, a step would
 take minutes). Ours is head's network, eager and compiled, in the dtype that `auto` chooses. All variants see the same
 tokens, in turn within each round, so that a machine whose speed drifts slows them alike; the median of each and its
-ratio to the first count. `of limit` is the rate in FLOP/s over that of a large matrix product in the same dtype, which
-is measured in each round too. Compiled steps of ours take the sums of looked-up rows in order, as `PretrainTrainer`
-does, so that runs repeat to the bit; `any order` is what that costs.
+ratio to the first count, and where neighbours make steps of one variant differ by a half, those of the fastest steps.
+`of limit` is the rate in FLOP/s over that of a large matrix product in the same dtype, which is measured in each round
+too. Compiled steps of ours take the sums of looked-up rows in order, as `PretrainTrainer` does, so that runs repeat to
+the bit; `any order` is what that costs.
+
+    python -m benchmarks.training_step --only "ours, bfloat16, compiled"     (a part of the names is enough)
+
+measures some variants alone; if one, what the kernel counted as the peak of the process's memory is said too.
 """
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +49,7 @@ class StepArguments:
     vocab_size: int = field(default=8192, metadata={"help": "Tokens of the vocabulary."})
     window_pattern: str = field(default="SSSL", metadata={"help": "Short (S) and long (L) layers, tiled."})
     rounds: int = field(default=5, metadata={"help": "Times each variant is measured, after one warm-up."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Parts of the names of the variants to measure."})
 
 
 def main() -> None:
@@ -51,7 +58,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1), generator=generator)
     configs = {era: network(arguments, era) for era in ("seed", "head")}
-    steps = variants(configs, ids, arguments.window_pattern)
+    builders = variants(configs, ids, arguments.window_pattern)
+    wanted = [name for name in builders if not arguments.only or any(part in name for part in arguments.only)]
+    if not wanted:
+        raise SystemExit(f"--only {arguments.only} names no variant, expected parts of: {'; '.join(builders)}")
+    steps = {name: builders[name]() for name in wanted}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     limits: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for round_number in range(arguments.rounds + 1):
@@ -66,6 +77,8 @@ def main() -> None:
             if dtype in str(AUTO) or dtype == "float32":
                 rates.append(devices.matmul_flops_per_second("cpu", getattr(torch, dtype)))
     show(seconds, limits, configs, arguments)
+    if len(steps) == 1:
+        print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:,.0f} MB")
 
 
 def network(arguments: StepArguments, era: str) -> NanoChatGPTConfig:
@@ -79,20 +92,22 @@ def network(arguments: StepArguments, era: str) -> NanoChatGPTConfig:
     )
 
 
-def variants(configs: dict[str, NanoChatGPTConfig], ids: torch.Tensor, pattern: str) -> dict[str, Callable[[], None]]:
-    """Named functions that do one step each."""
-    plain, ours = partial(plain_step, ids=ids, pattern=pattern), partial(our_step, configs["head"], ids)
-    auto = str(AUTO).removeprefix("torch.")
-    steps = {
-        "upstream seed, float32, eager": plain(configs["seed"], "seed", torch.float32, compiled=False),
-        "upstream head, float32, compiled": plain(configs["head"], "head", torch.float32, compiled=True),
+def variants(
+    configs: dict[str, NanoChatGPTConfig], ids: torch.Tensor, pattern: str
+) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Named functions that build a network and return the function that does one step of it."""
+    plain = partial(plain_step, ids=ids, pattern=pattern)
+    ours, auto = partial(our_step, configs["head"], ids), str(AUTO).removeprefix("torch.")
+    builders = {
+        "upstream seed, float32, eager": partial(plain, configs["seed"], "seed", torch.float32, compiled=False),
+        "upstream head, float32, compiled": partial(plain, configs["head"], "head", torch.float32, compiled=True),
     }
     if devices.native_bfloat16("cpu"):
-        steps["upstream head, bfloat16, compiled"] = plain(configs["head"], "head", AUTO, compiled=True)
-    steps[f"ours, {auto}, eager"] = ours(compiled=False)
-    steps[f"ours, {auto}, compiled"] = ours(compiled=True)
-    steps[f"ours, {auto}, compiled, any order"] = ours(compiled=True, exact=False)
-    return steps
+        builders["upstream head, bfloat16, compiled"] = partial(plain, configs["head"], "head", AUTO, compiled=True)
+    builders[f"ours, {auto}, eager"] = partial(ours, compiled=False)
+    builders[f"ours, {auto}, compiled"] = partial(ours, compiled=True)
+    builders[f"ours, {auto}, compiled, any order"] = partial(ours, compiled=True, exact=False)
+    return builders
 
 
 def plain_step(
@@ -144,7 +159,8 @@ def show(
 ) -> None:
     tokens = arguments.rows * arguments.sequence_length
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
+    fastest = {name: min(times) for name, times in seconds.items()}
+    first = next(iter(seconds))
     print(
         f"depth {arguments.depth}, {configs['head'].hidden_size} wide, {arguments.rows} rows of "
         f"{arguments.sequence_length}, pattern {arguments.window_pattern}, {torch.get_num_threads()} threads"
@@ -152,12 +168,18 @@ def show(
     for dtype, rates in limits.items():
         if rates:
             print(f"a large {dtype} product: {statistics.median(rates) / 1e9:.0f} GFLOP/s ({len(rates)} times in turn)")
-    print(f"{'step':36} {'median s':>9} {'tokens/s':>9} {'GFLOP/s':>8} {'of limit':>8} {'speed-up':>8}")
+    print(
+        f"{'step':36} {'median s':>9} {'tokens/s':>9} {'GFLOP/s':>8} {'of limit':>8} {'speed-up':>8} "
+        f"{'fastest s':>10} {'speed-up':>8}"
+    )
     for name, median in medians.items():
         config = configs["seed" if "seed" in name else "head"]
         rate = scaling.flops_per_token(config, arguments.sequence_length) * tokens / median
         share = rate / statistics.median(limits[name.split(", ")[1]])
-        print(f"{name:36} {median:9.3f} {tokens / median:9.0f} {rate / 1e9:8.1f} {share:8.0%} {first / median:7.2f}x")
+        print(
+            f"{name:36} {median:9.3f} {tokens / median:9.0f} {rate / 1e9:8.1f} {share:8.0%} "
+            f"{medians[first] / median:7.2f}x {fastest[name]:10.3f} {fastest[first] / fastest[name]:7.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -76,10 +76,9 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         logging_steps=2,
         use_cpu=True,
         disable_tqdm=True,
-        torch_compile=False,
         polar_dtype="float32",
         gradient_accumulation_steps=2,
-        **settings,
+        **{"torch_compile": False} | settings,
     )
     assert config.world_size == ranks
     if config.fsdp:  # accelerate shards on accelerators only: let these processes pass for some
@@ -96,6 +95,10 @@ def train(folder: str, death: tuple, rank: int, ranks: int, port: int, settings:
         else:
             die_at_call({"os": os, "torch": torch}[death[0]], death[1], death[2])
     trainer.train(resume_from_checkpoint=True)
+    if config.fsdp and config.torch_compile:
+        assert all(layer._compiled_call_impl for layer in trainer.model.model.layers)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert not torch._dynamo.utils.counters["graph_break"]
     whole = trainer.whole_model()
     if rank == 0:
         replace_files(folder, whole.save_pretrained)
@@ -201,6 +204,18 @@ def test_fsdp2_equals_unsharded_and_resumes(two_ranks, tmp_path, dtype, loss_tol
         assert (tensor - expected[name]).norm() <= weight_tolerance * expected[name].norm(), name
     for folder in (sharded, sharded / "checkpoint-9"):  # the network's own code lies beside its weights
         assert (folder / "modeling_nanochat_gpt.py").exists() and not (folder / "_fsdp_api.py").exists()
+
+
+@pytest.mark.slow
+def test_fsdp2_with_compiled_blocks(two_ranks, tmp_path):
+    """Each block is compiled by itself: what is saved on the way has the names and weights of the eager run."""
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", **FSDP}  # inductor takes a minute longer
+    assert -signal.SIGKILL in run(tmp_path, ("step", 5, 1), ranks=2, **settings)
+    assert run(tmp_path, ranks=2, **settings) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(two_ranks), rel=1e-5)
+    expected = load_file(two_ranks / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert (tensor - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
 
 
 @pytest.mark.slow

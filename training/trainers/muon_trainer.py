@@ -71,6 +71,8 @@ class MuonTrainerMixin:
             self.accelerator.print(choose_attention(model, self.args.device, training=True))
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        elif self.args.torch_compile:  # block by block: one graph of all would go past what gathers their weights
+            self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         self.model_accepts_loss_kwargs = True
         self.add_callback(BeforeFirstStep(self))
         show_progress_line(self)
