@@ -4,8 +4,7 @@
     python -m benchmarks.memory --length 8192 --shapes 2:1:false [--checkpointing]
 
 Each shape runs four steps of `PretrainTrainer` in a process of its own on random tokens, rows of 512 (or `--length`)
-and 8,192 words; the peak is `VmHWM`, Python and libraries included. What is announced does not know of checkpointing,
-which keeps the blocks' inputs alone and works out the rest anew. Linux only.
+and 8,192 words; the peak is `VmHWM`, Python and libraries included. Linux only.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def measure(depth: str, rows: str, compiled: str, length: int, checkpointing: bo
             activation_checkpointing=checkpointing,
         )  # fmt: skip
         PretrainTrainer(NanoChatGPTForCausalLM(config), settings, loader).train()
-    needed = memory_per_device(config, int(rows), length, 1, choose_dtype("auto", "cpu"), "cpu")
+    needed = memory_per_device(config, int(rows), length, 1, choose_dtype("auto", "cpu"), "cpu", checkpointing)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(sum(needed.values()) / 1e6, int(peak[1]) * 1024 / 1e6)
 

@@ -41,6 +41,9 @@ class PlanArguments(NetworkArguments, HorizonArguments):
     fp8: bool = field(
         default=False, metadata={"help": "Matrix products in float8, on devices that have it (pretraining's --fp8)."}
     )
+    activation_checkpointing: bool = field(
+        default=False, metadata={"help": "Blocks that keep only what goes into them, and go forward twice."}
+    )
 
 
 def plan_of(arguments: PlanArguments) -> tuple[PreTrainedConfig, scaling.TrainingPlan]:
@@ -79,13 +82,16 @@ def describe_plan(config: PreTrainedConfig, plan: scaling.TrainingPlan) -> str:
     return "\n".join(lines)
 
 
-def step_on(name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, gpus: int, fp8: bool) -> tuple[int, float]:
+def step_on(
+    name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, arguments: PlanArguments
+) -> tuple[int, step_time.StepTime]:
     """Rows of a micro-batch on so many devices, and the step's time with them.
 
     Raises:
         ValueError: it does not fit, or has no float8 though it should; the message says so.
     """
-    device = devices.DEVICES[name]
+    device, gpus, fp8 = devices.DEVICES[name], arguments.gpus, arguments.fp8
+    checkpointed = arguments.activation_checkpointing
     if fp8 and not device.float8:
         able = ", ".join(name for name, device in devices.DEVICES.items() if device.float8)
         raise ValueError(f"{name} multiplies no float8; expected one of {able}, or no --fp8")
@@ -96,9 +102,16 @@ def step_on(name: str, config: PreTrainedConfig, plan: scaling.TrainingPlan, gpu
         world_size=gpus,
         memory_bytes=int(memory.USABLE_MEMORY * device.memory_bytes),
         dtype=torch.bfloat16,
+        checkpointed=checkpointed,
     )
     return rows, step_time.step_time(
-        config, batch_tokens=plan.batch_tokens, rows=rows, device=device, gpus=gpus, float8=fp8
+        config,
+        batch_tokens=plan.batch_tokens,
+        rows=rows,
+        device=device,
+        gpus=gpus,
+        float8=fp8,
+        checkpointed=checkpointed,
     )
 
 
@@ -106,15 +119,17 @@ def describe_device(
     name: str,
     config: PreTrainedConfig,
     plan: scaling.TrainingPlan,
-    gpus: int,
+    arguments: PlanArguments,
     rows: int,
     step: step_time.StepTime,
 ) -> str:
     """One line of the table of devices: time, cost, micro-batch and memory."""
-    device, length = devices.DEVICES[name], config.max_position_embeddings
+    device, gpus, length = devices.DEVICES[name], arguments.gpus, config.max_position_embeddings
     seconds = plan.steps * step.seconds
     dollars = seconds / 3600 * gpus * RENTS[name].dollars
-    needed = memory.memory_per_device(config, rows, length, gpus, torch.bfloat16)
+    needed = memory.memory_per_device(
+        config, rows, length, gpus, torch.bfloat16, checkpointed=arguments.activation_checkpointing
+    )
     steps = scaling.accumulation_steps(plan.batch_tokens, rows, length, gpus)
     parts = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in needed.items() if size)
     return (
@@ -175,11 +190,11 @@ def describe_devices(config: PreTrainedConfig, plan: scaling.TrainingPlan, argum
     lines, parts = [f"\non {arguments.gpus} devices, training alone ({ORIENTATION}):"], []
     for name in names:
         try:
-            rows, step = step_on(name, config, plan, arguments.gpus, arguments.fp8)
+            rows, step = step_on(name, config, plan, arguments)
         except ValueError as error:
             lines.append(f"{name:>10}  {error}")
             continue
-        lines.append(describe_device(name, config, plan, arguments.gpus, rows, step))
+        lines.append(describe_device(name, config, plan, arguments, rows, step))
         parts.append(describe_step(name, plan, arguments.gpus, step))
     if parts:
         lines += ["\nwhere the time goes:", " " * 12 + "  ".join(step_headings(step)), *parts]

@@ -226,6 +226,7 @@ def settle(settings: RunSettings, network: PreTrainedConfig, source: RowSource, 
         world_size=config.world_size,
         device=config.device,
         dtype=devices.choose_dtype(config.activation_dtype, config.device),
+        checkpointed=memory.is_checkpointed(config),
     )
     accumulation = scaling.accumulation_steps(plan.batch_tokens, rows, source.sequence_length, config.world_size)
     steps, seconds = plan.steps, None
@@ -345,6 +346,7 @@ def announce(stage: Stage, trainer: PretrainTrainer, settled: Settled) -> None:
         config.world_size,
         trainer.activation_dtype,
         config.device.type,
+        memory.is_checkpointed(config),
     )
     stage.announce(
         parameters=plan.parameters.total,

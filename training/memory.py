@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_nanochat.block_attention import LONGEST_FULL_ATTENTION
 from modeling_nanochat.chunked_cross_entropy import CHUNK_ELEMENTS
@@ -31,6 +31,9 @@ LIBRARIES_ON_CPU = 560 * 10**6  # resident before the first step, weights aside:
 # memory over that of the tensors that come and go, measured 1.4 to 2.9 at depths 2 to 6. Blocks mapped one by one would
 # not do so, but cost a sixth of a step in page faults.
 ALLOCATOR_SLACK = 2
+# Of a checkpointed block: the stream before it and, in every second one, the value embeddings; measured beside them are
+# what lies outside the blocks, and the block that is worked out anew.
+SAVED_PER_CHECKPOINT = 2
 SAVED_PER_STOCK_LAYER = 25  # of a stock block, counted so on eager Qwen3 and OLMo 2; 21 on Llama and Mistral
 LOSS_COPIES = 3  # of a chunk of logits in float32 (a stock network: of all): logits, probabilities, their gradient
 USABLE_MEMORY = 0.95  # what fragmentation and the libraries' own buffers leave
@@ -44,11 +47,13 @@ def memory_per_device(
     world_size: int,
     dtype: torch.dtype,
     device_type: str = "cuda",
+    checkpointed: bool = False,
 ) -> dict[str, int]:
     """Estimated bytes of training on each of `world_size` devices, by use; `dtype` is that of the activations.
 
     Master weights are float32; with bfloat16 activations the embedding tables are bfloat16 too. The optimizer's state
-    is split over the devices, weights and gradients are whole on each of them.
+    is split over the devices, weights and gradients are whole on each of them. `checkpointed` networks keep what goes
+    into their blocks, and all of one block at a time.
     """
     counts, size = count_parameters(config), dtype.itemsize
     embeddings = counts.token_embedding + counts.value_embeddings
@@ -61,6 +66,9 @@ def memory_per_device(
     per_token = per_layer * config.num_hidden_layers * config.hidden_size
     if on_cpu and not stock:  # SDPA, which stock networks have, keeps none
         per_token += kept_probabilities(config, sequence_length)
+    if checkpointed:
+        per_token = per_token // config.num_hidden_layers
+        per_token += SAVED_PER_CHECKPOINT * config.num_hidden_layers * config.hidden_size
     slack = ALLOCATOR_SLACK if on_cpu else 1
     return {
         "libraries": LIBRARIES_ON_CPU if device_type == "cpu" else 0,
@@ -70,6 +78,13 @@ def memory_per_device(
         "activations": slack * (rows * sequence_length * size * per_token + casts),
         "loss": slack * (LOSS_COPIES * 4 * logits + 4 * counts.head),
     }
+
+
+def is_checkpointed(arguments: TrainingArguments) -> bool:
+    """Whether every block keeps only what goes into it; before Transformers 5.23 the settings had other names."""
+    wanted = getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing
+    how = getattr(arguments, "activation_checkpointing_kwargs", None) or arguments.gradient_checkpointing_kwargs
+    return bool(wanted) and (how or {}).get("every_n_layers", 1) == 1
 
 
 def kept_probabilities(config: PreTrainedConfig, length: int) -> int:
@@ -100,6 +115,7 @@ def planned_rows(
     memory_bytes: int,
     dtype: torch.dtype,
     device_type: str = "cuda",
+    checkpointed: bool = False,
 ) -> int:
     """Rows of a micro-batch by formula: as many as fit `memory_bytes` and divide the global batch.
 
@@ -109,13 +125,15 @@ def planned_rows(
     accumulation_steps(batch_tokens, 1, sequence_length, world_size)  # explains a batch that cannot be divided
 
     def needed(rows: int) -> int:
-        return sum(memory_per_device(config, rows, sequence_length, world_size, dtype, device_type).values())
+        shape = (rows, sequence_length, world_size, dtype, device_type, checkpointed)
+        return sum(memory_per_device(config, *shape).values())
 
     rows = search_rows(batch_tokens // (sequence_length * world_size), lambda rows: needed(rows) <= memory_bytes)
     if not rows:
         raise ValueError(
             f"one row of {sequence_length} tokens needs about {needed(1) / 1e9:.1f} GB of a device's "
-            f"{memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, or FSDP"
+            f"{memory_bytes / 1e9:.1f} GB usable; expected a smaller depth, more devices, "
+            f"{'' if checkpointed else 'checkpointing (--activation_checkpointing true), '}or FSDP"
         )
     return rows
 
@@ -128,6 +146,7 @@ def rows_that_fit(
     world_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    checkpointed: bool = False,
 ) -> int:
     """Rows of a micro-batch on this machine, the same on all ranks, which call this together: on an accelerator as many
     as it holds, on a CPU no more than make it faster.
@@ -143,12 +162,13 @@ def rows_that_fit(
         memory_bytes=usable_memory(device, world_size),
         dtype=dtype,
         device_type=device.type,
+        checkpointed=checkpointed,
     )
     if device.type == "cpu":
         rows = search_rows(rows, lambda rows: rows == 1 or rows * sequence_length <= CPU_MICRO_BATCH_TOKENS)
     else:
         reserved = memory_per_device(config, rows, sequence_length, world_size, dtype)["optimizer state"]
-        rows = rows_that_run(config, rows, sequence_length, device, dtype, reserved)
+        rows = rows_that_run(config, rows, sequence_length, device, dtype, reserved, checkpointed)
     return min(gather_object([rows]))
 
 
@@ -166,9 +186,11 @@ def rows_that_run(
     device: torch.device,
     dtype: torch.dtype,
     reserved_bytes: int,
+    checkpointed: bool = False,
 ) -> int:
     """At most `most` rows, of which a training step really runs on the device; `ValueError` if not even one does."""
-    rows = search_rows(most, lambda rows: one_step_fits(config, rows, sequence_length, device, dtype, reserved_bytes))
+    shape = (sequence_length, device, dtype, reserved_bytes, checkpointed)
+    rows = search_rows(most, lambda rows: one_step_fits(config, rows, *shape))
     if not rows:
         raise ValueError(
             f"{device} ran out of memory with a single row of {sequence_length} tokens of this network; "
@@ -184,10 +206,11 @@ def one_step_fits(
     device: torch.device,
     dtype: torch.dtype,
     reserved_bytes: int,
+    checkpointed: bool,
 ) -> bool:
     """Whether a training step of so many rows fits the device, beside `reserved_bytes` for the optimizer's state."""
     try:
-        run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes)
+        run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes, checkpointed)
         return True
     except torch.OutOfMemoryError:
         return False
@@ -203,6 +226,7 @@ def run_one_step(
     device: torch.device,
     dtype: torch.dtype,
     reserved_bytes: int,
+    checkpointed: bool,
 ) -> None:
     """Forward and backward of a fresh network on zeros, beside an allocation of `reserved_bytes`."""
     with device:
@@ -210,6 +234,8 @@ def run_one_step(
         reserved = torch.empty(reserved_bytes, dtype=torch.uint8)
         ids = torch.zeros(rows, sequence_length, dtype=torch.int64)  # (B, T)
     run_activations_in(model, dtype, device)
+    if checkpointed:  # by its name before Transformers 5.23, if it has no other
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     labels = {} if is_nanochat(config) else {"labels": ids}
     model(input_ids=ids, shift_labels=ids, use_cache=False, **labels).loss.backward()
     del reserved

@@ -69,10 +69,11 @@ def step_time(
     device: Device,
     gpus: int,
     float8: bool = False,
+    checkpointed: bool = False,
 ) -> StepTime:
     """Seconds of an optimizer step of `batch_tokens` on so many devices, `rows` of the context at a time on each.
 
-    `float8` is upstream's, in which the head takes part.
+    `float8` is upstream's, in which the head takes part. `checkpointed` blocks go forward twice.
 
     Raises:
         ValueError: the batch is no whole number of micro-batches.
@@ -85,17 +86,23 @@ def step_time(
     matrices = multiplying_matrices(layout, config.vocab_size)
     elements = sum(m * n for m, n in matrices)
     tables = sum(parameter.numel() for part in layout for parameter in parameters_of(part)) - elements
-    products = sum(linear_seconds(tokens, m, n, device, float8) for m, n in matrices)
+    each = [linear_seconds(tokens, m, n, device, float8) for m, n in matrices]  # of the blocks, and last the head
+    products, attention = sum(each), attention_seconds(config, rows, device)
     passes = PASSES_PER_LAYER * (1 if is_nanochat(config) else SAVED_PER_STOCK_LAYER / SAVED_PER_LAYER)
     elementwise = passes * 2 * tokens * config.num_hidden_layers * config.hidden_size
     # Casts of weights and gradients, 6 bytes each; a table's gradient begins as zeros, and both are added up.
     gradients = steps * (12 * elements + 2 * tables) + (steps - 1) * (12 * elements + 6 * tables)
     work, waiting = optimizer_seconds(layout, device, gpus)
+    again = {}
+    if checkpointed:  # a third of what forward and backward pass take
+        forward = sum(each[:-1]) / 3 + attention / (1 + ATTENTION_BACKWARD) + elementwise / memory / 3
+        again = {"forward again": steps * forward}
     return StepTime(
         {
             "matrix products": steps * products,
-            "attention": steps * attention_seconds(config, rows, device),
+            "attention": steps * attention,
             "elementwise": steps * elementwise / memory,
+            **again,
             "loss": steps * LOSS_BYTES * tokens * config.vocab_size / memory,
             "gradients and casts": gradients / memory,
             "optimizer": work,

@@ -13,8 +13,9 @@ DOLLARS_PER_HOUR = 8 * prices.RENTS["H100"].dollars
 def main() -> None:
     plans, hours = {}, {}
     for depth in DEPTHS:
-        config, plans[depth] = plan_of(PlanArguments(depth=depth))
-        step = step_on("H100", config, plans[depth], 8, fp8=False)[1]
+        arguments = PlanArguments(depth=depth, gpus=8)
+        config, plans[depth] = plan_of(arguments)
+        step = step_on("H100", config, plans[depth], arguments)[1]
         hours[depth] = plans[depth].steps * step.seconds / 3600
     print("hours:", {depth: round(value, 2) for depth, value in hours.items()})
     print("dollars:", {depth: round(value * DOLLARS_PER_HOUR, 1) for depth, value in hours.items()})

@@ -1,11 +1,15 @@
 """The micro-batch is what a device holds, by formula and by trying; memory is made scarce by a forward that refuses."""
 
+from dataclasses import fields
+
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
 from modeling_nanochat.block_attention import block_attention
 from modeling_nanochat.training.memory import (
+    is_checkpointed,
     kept_probabilities,
     memory_per_device,
     planned_rows,
@@ -27,6 +31,32 @@ def test_planned_rows_are_the_most_that_fit():
     one, eight = (memory_per_device(config, 8, 2048, ranks, torch.bfloat16) for ranks in (1, 8))
     assert eight.pop("optimizer state") == one.pop("optimizer state") // 8
     assert one == eight
+
+
+def test_checkpointing_leaves_room_for_more_rows():
+    """Of 24 layers the inputs and one whole layer are kept: upstream's depth with four times its context."""
+    config = NanoChatGPTConfig.from_depth(24, max_position_embeddings=8192)
+    run = {"batch_tokens": 2**20, "sequence_length": 8192, "world_size": 8, "memory_bytes": 76 * 10**9}
+    rows = [planned_rows(config, dtype=torch.bfloat16, checkpointed=each, **run) for each in (False, True)]
+    assert rows == [4, 16]
+    needed = [memory_per_device(config, 4, 8192, 8, torch.bfloat16, checkpointed=each) for each in (False, True)]
+    kept, inputs = (each["activations"] for each in needed)
+    assert kept / 10 < inputs < kept / 4
+    with pytest.raises(ValueError, match=r"expected a smaller depth, more devices, checkpointing \(--activation_ch"):
+        planned_rows(config, dtype=torch.bfloat16, **run | {"memory_bytes": 2 * 10**9})
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({"activation_checkpointing", "gradient_checkpointing"} & {each.name for each in fields(TrainingArguments)}),
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+def test_settings_that_checkpoint(name, tmp_path):
+    def of(**settings):
+        return is_checkpointed(TrainingArguments(str(tmp_path), **settings))
+
+    assert not of() and of(**{name: True})
+    assert not of(**{name: True, f"{name}_kwargs": {"every_n_layers": 2}})  # the others keep all of theirs
 
 
 @pytest.mark.parametrize("pattern", ["L", "SSSL"])
@@ -65,11 +95,11 @@ def test_rows_on_a_cpu_are_no_more_than_make_it_faster():
 
 @pytest.fixture
 def scarce(monkeypatch):
-    """A device that holds three rows; gives the list of rows that were tried."""
+    """A device that holds three rows; gives the list of rows that were tried, negative if with checkpointing."""
     tried, forward = [], NanoChatGPTForCausalLM.forward
 
     def refuse(self, input_ids, **kwargs):
-        tried.append(len(input_ids))
+        tried.append(-len(input_ids) if self.is_gradient_checkpointing else len(input_ids))
         if len(input_ids) > 3:
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, input_ids, **kwargs)
@@ -81,6 +111,8 @@ def scarce(monkeypatch):
 def test_halves_until_it_fits(scarce):
     assert rows_that_run(CONFIG, 16, 16, torch.device("cpu"), torch.float32, 1000) == 2
     assert scarce == [16, 8, 4, 2]
+    assert rows_that_run(CONFIG, 4, 16, torch.device("cpu"), torch.float32, 1000, checkpointed=True) == 2
+    assert scarce[4:] == [-4, -2]
 
 
 def test_says_so_if_nothing_fits(monkeypatch):
