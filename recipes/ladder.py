@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from modeling_nanochat.recipes.command_line import parse, run
 from modeling_nanochat.recipes.pretrain import FOLLOWS, RunSettings, planned, pretrain
@@ -336,6 +337,7 @@ def main() -> None:
     stage = Stage("ladder", config.output_dir, [ladder, *groups], inputs, arguments.rerun)
     if stage.is_done():
         return
+    logging.disable_progress_bar()  # of reading the weights of runs that were done before
     runs = all_runs(settings, ladder, reference)
     flops = sum(each for _, each in runs)
     dtype = devices.choose_dtype(config.activation_dtype, config.device)

@@ -99,7 +99,9 @@ def scarce(monkeypatch):
     tried, forward = [], NanoChatGPTForCausalLM.forward
 
     def refuse(self, input_ids, **kwargs):
-        tried.append(-len(input_ids) if self.is_gradient_checkpointing else len(input_ids))
+        tried.append(
+            -len(input_ids) if any(layer.gradient_checkpointing for layer in self.model.layers) else len(input_ids)
+        )
         if len(input_ids) > 3:
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, input_ids, **kwargs)
