@@ -85,7 +85,7 @@ def block_attention(
     grouped = _grouped(query, key)  # (N, G, T, D) with N = B * H_kv
     n, groups = grouped.shape[:2]
     keys, values = key.reshape(n, length, head_dim), value.reshape(n, length, head_dim)
-    output = grouped.new_empty(grouped.shape)
+    output = query.new_empty(batch, length, heads, head_dim)
     kept = query.new_empty(n * groups * _num_probabilities(length, window) if keep else 0)
     used = 0
     for first_key, start, end in _blocks(length, window):
@@ -99,8 +99,8 @@ def block_attention(
         else:
             probabilities = torch.softmax(scores, dim=-1)
         mixed = torch.bmm(probabilities, values[:, first_key:end])  # (N, G * queries, D)
-        output[:, :, start:end] = mixed.view(n, groups, -1, head_dim)
-    return output.view(batch, heads, length, head_dim).transpose(1, 2).contiguous(), kept
+        output[:, start:end] = mixed.view(batch, heads, -1, head_dim).transpose(1, 2)
+    return output, kept
 
 
 @block_attention.register_fake

@@ -82,6 +82,15 @@ def test_float8_pays_from_some_width_on():
     assert products(12, True) > products(12, False) and products(26, True) < 0.92 * products(26, False)
 
 
+def test_checkpointed_blocks_go_forward_twice():
+    config = NanoChatGPTConfig.from_depth(24)
+    settings = {"batch_tokens": 2**19, "rows": 16, "device": DEVICES["H100"], "gpus": 8}
+    once, twice = (step_time(config, **settings, checkpointed=each).parts for each in (False, True))
+    again = twice.pop("forward again")
+    blocks = once["matrix products"] + once["attention"] + once["elementwise"]
+    assert twice == once and 0.28 * blocks < again < blocks / 3
+
+
 def test_the_exchange_hides_behind_updates():
     """Waiting is what the links take beyond the work that they run beside, and never more than they take."""
     config = NanoChatGPTConfig.from_depth(20)

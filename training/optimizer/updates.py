@@ -107,7 +107,7 @@ def times(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
-    """a I + b A + c A^2 of (K, s, s), summed in float32."""
+    """a I + b A + c A^2 of (K, s, s), never summed in bfloat16."""
     if gram.dtype != torch.bfloat16:
         result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         result.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DynamoBackend
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -71,11 +72,20 @@ class MuonTrainerMixin:
             self.accelerator.print(choose_attention(model, self.args.device, training=True))
         if not self.is_fsdp_enabled:  # `evaluation_mode` keeps the model out of DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        elif self.args.torch_compile:  # block by block: one graph of all would go past what gathers their weights
-            self.accelerator.state.dynamo_plugin.use_regional_compilation = True
+        elif self.args.torch_compile:
+            self.compile_blocks()
         self.model_accepts_loss_kwargs = True
         self.add_callback(BeforeFirstStep(self))
         show_progress_line(self)
+
+    def compile_blocks(self) -> None:
+        """Each by itself, as FSDP2 cuts the network: one graph of all would go past the hooks that gather a block's
+        weights, and accelerate's wrapper around it would be saved."""
+        plugin = self.accelerator.state.dynamo_plugin
+        for module in self.model.modules():
+            if type(module).__name__ in (self.model._no_split_modules or ()):
+                module.compile(**plugin.to_kwargs())
+        plugin.backend = DynamoBackend.NO  # accelerate compiles no more
 
     @property
     def planned_steps(self) -> int:
