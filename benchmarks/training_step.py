@@ -59,7 +59,9 @@ def main() -> None:
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1), generator=generator)
     configs = {era: network(arguments, era) for era in ("seed", "head")}
     builders = variants(configs, ids, arguments.window_pattern)
-    wanted = [name for name in builders if not arguments.only or any(part in name for part in arguments.only)]
+    parts = [part for part in arguments.only if part not in builders]  # a whole name means that one alone
+    wanted = [name for name in builders if name in arguments.only or any(part in name for part in parts)]
+    wanted = wanted if arguments.only else list(builders)
     if not wanted:
         raise SystemExit(f"--only {arguments.only} names no variant, expected parts of: {'; '.join(builders)}")
     steps = {name: builders[name]() for name in wanted}
