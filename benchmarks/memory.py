@@ -77,8 +77,12 @@ def measure(depth: str, rows: str, compiled: str, length: int, checkpointing: bo
         )  # fmt: skip
         PretrainTrainer(NanoChatGPTForCausalLM(config), settings, loader).train()
     needed = memory_per_device(config, int(rows), length, 1, choose_dtype("auto", "cpu"), "cpu", checkpointing)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    print(sum(needed.values()) / 1e6, int(peak[1]) * 1024 / 1e6)
+    print(sum(needed.values()) / 1e6, peak_memory() / 1e6)
+
+
+def peak_memory() -> int:
+    """Bytes of this process at its largest, as the kernel counted."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ the bit; `any order` is what that costs.
 measures some variants alone; if one, what the kernel counted as the peak of the process's memory is said too.
 """
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from functools import partial
 import torch
 from trl import TrlParser
 
+from benchmarks.memory import peak_memory
 from benchmarks.optimizer_step import PlainOptimizer
 from benchmarks.plain_nanochat import PlainNanoChat
 from modeling_nanochat import NanoChatGPTConfig, NanoChatGPTForCausalLM
@@ -59,12 +59,7 @@ def main() -> None:
     ids = torch.randint(arguments.vocab_size, (arguments.rows, arguments.sequence_length + 1), generator=generator)
     configs = {era: network(arguments, era) for era in ("seed", "head")}
     builders = variants(configs, ids, arguments.window_pattern)
-    parts = [part for part in arguments.only if part not in builders]  # a whole name means that one alone
-    wanted = [name for name in builders if name in arguments.only or any(part in name for part in parts)]
-    wanted = wanted if arguments.only else list(builders)
-    if not wanted:
-        raise SystemExit(f"--only {arguments.only} names no variant, expected parts of: {'; '.join(builders)}")
-    steps = {name: builders[name]() for name in wanted}
+    steps = {name: builders[name]() for name in chosen(list(builders), arguments.only)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     limits: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for round_number in range(arguments.rounds + 1):
@@ -80,7 +75,16 @@ def main() -> None:
                 rates.append(devices.matmul_flops_per_second("cpu", getattr(torch, dtype)))
     show(seconds, limits, configs, arguments)
     if len(steps) == 1:
-        print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:,.0f} MB")
+        print(f"peak memory of the process: {peak_memory() / 1e6:,.0f} MB")
+
+
+def chosen(names: list[str], parts: list[str]) -> list[str]:
+    """The names that the parts mean: a whole name itself, any other part all names that contain it; no parts, all."""
+    meant = [[part] if part in names else [name for name in names if part in name] for part in parts]
+    for part, own in zip(parts, meant):
+        if not own:
+            raise SystemExit(f"--only {part!r} names no variant, expected parts of: {'; '.join(names)}")
+    return [name for name in names if not parts or any(name in own for own in meant)]
 
 
 def network(arguments: StepArguments, era: str) -> NanoChatGPTConfig:

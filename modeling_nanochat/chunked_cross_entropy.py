@@ -45,11 +45,17 @@ def _logits(shares: torch.Tensor, softcap: float) -> torch.Tensor:
     return torch.rsub(shares, softcap, alpha=2 * softcap)
 
 
-def _exponentials(shares: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(logits) (n, V) and their sums (n, 1). The cap bounds them (the configuration allows caps up to 64), so the
-    usual search for the largest logit, two more passes over the chunk, is not needed."""
+def _chunk(
+    rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shares r and exp(logits) (n, V), the sums of these and the targets' logits (n, 1), of rows (n, C) and ids (n, 1).
+    The cap bounds the logits (the configuration allows caps up to 64), so the usual search for the largest one, two
+    more passes over the chunk, is not needed."""
+    outputs, factor = rows @ weight.T, _factor(ids, softcap)
+    target_logits = _logits(_shares(outputs.gather(-1, ids), factor), softcap)
+    shares = _shares(outputs, factor)
     exponentials = _logits(shares, softcap).exp_()
-    return exponentials, exponentials.sum(-1, keepdim=True)
+    return shares, exponentials, exponentials.sum(-1, keepdim=True), target_logits
 
 
 def chunked_token_losses(
@@ -69,9 +75,8 @@ def chunked_token_losses(
     chunk = tokens_per_chunk(len(hidden), len(weight), hidden.device.type)
     losses = []
     for rows, ids in zip(hidden.detach().split(chunk), targets.split(chunk)):
-        shares = _shares(rows @ weight.T, 2 / softcap)  # (n, V)
-        target_logits = _logits(shares.gather(-1, ids.clamp(min=0).unsqueeze(-1)), softcap)  # (n, 1)
-        losses.append(_exponentials(shares, softcap)[1].log() - target_logits)
+        _, _, sums, target_logits = _chunk(rows, weight, ids.clamp(min=0).unsqueeze(-1), softcap)
+        losses.append(sums.log() - target_logits)
     return torch.cat(losses).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0.0)
 
 
@@ -91,10 +96,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         for rows, ids, scale in zip(hidden.split(chunk), targets.split(chunk), token_weights.split(chunk)):
             ids, scale = ids.clamp(min=0).unsqueeze(-1), scale.unsqueeze(-1)  # (n, 1)
-            outputs, factor = rows @ cast_weight.T, _factor(ids, softcap)
-            target_logits = _logits(_shares(outputs.gather(-1, ids), factor), softcap)  # (n, 1)
-            shares = _shares(outputs, factor)  # (n, V)
-            exponentials, sums = _exponentials(shares, softcap)
+            shares, exponentials, sums, target_logits = _chunk(rows, cast_weight, ids, softcap)
             loss = loss + ((sums.log() - target_logits) * scale).sum()
             # d loss / d head output = (probability - is target) * 4 r (1 - r), times the token's weight
             logits_grad = _subtract_at(exponentials.mul_(4 * scale / sums), ids, 4 * scale)

@@ -11,6 +11,7 @@ library's allocator holds beyond the tensors, are in it. `docs/performance.md` c
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 import torch
@@ -189,8 +190,8 @@ def rows_that_run(
     checkpointed: bool = False,
 ) -> int:
     """At most `most` rows, of which a training step really runs on the device; `ValueError` if not even one does."""
-    shape = (sequence_length, device, dtype, reserved_bytes, checkpointed)
-    rows = search_rows(most, lambda rows: one_step_fits(config, rows, *shape))
+    step = partial(run_one_step, config, sequence_length, device, dtype, reserved_bytes, checkpointed)
+    rows = search_rows(most, lambda rows: one_step_fits(partial(step, rows), device))
     if not rows:
         raise ValueError(
             f"{device} ran out of memory with a single row of {sequence_length} tokens of this network; "
@@ -199,18 +200,10 @@ def rows_that_run(
     return rows
 
 
-def one_step_fits(
-    config: PreTrainedConfig,
-    rows: int,
-    sequence_length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    reserved_bytes: int,
-    checkpointed: bool,
-) -> bool:
-    """Whether a training step of so many rows fits the device, beside `reserved_bytes` for the optimizer's state."""
+def one_step_fits(step: Callable[[], None], device: torch.device) -> bool:
+    """Whether the device has the memory for a step."""
     try:
-        run_one_step(config, rows, sequence_length, device, dtype, reserved_bytes, checkpointed)
+        step()
         return True
     except torch.OutOfMemoryError:
         return False
@@ -221,14 +214,14 @@ def one_step_fits(
 
 def run_one_step(
     config: PreTrainedConfig,
-    rows: int,
     sequence_length: int,
     device: torch.device,
     dtype: torch.dtype,
     reserved_bytes: int,
     checkpointed: bool,
+    rows: int,
 ) -> None:
-    """Forward and backward of a fresh network on zeros, beside an allocation of `reserved_bytes`."""
+    """Forward and backward of a fresh network on zeros, beside `reserved_bytes` for the optimizer's state."""
     with device:
         model = fresh_network(config).train()
         reserved = torch.empty(reserved_bytes, dtype=torch.uint8)

@@ -81,11 +81,10 @@ class MuonTrainerMixin:
     def compile_blocks(self) -> None:
         """Each by itself, as FSDP2 cuts the network: one graph of all would go past the hooks that gather a block's
         weights, and accelerate's wrapper around it would be saved."""
-        plugin = self.accelerator.state.dynamo_plugin
         for module in self.model.modules():
             if type(module).__name__ in (self.model._no_split_modules or ()):
-                module.compile(**plugin.to_kwargs())
-        plugin.backend = DynamoBackend.NO  # accelerate compiles no more
+                module.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate compiles no more
 
     @property
     def planned_steps(self) -> int:

@@ -31,7 +31,7 @@ from modeling_nanochat.training.trainers.muon_trainer import MuonTrainerMixin
 from modeling_nanochat.training.trainers.settings import COMMON, MuonArguments, check_range
 
 # A run this long pays for its compilation, which takes about a minute. On two CPU cores it then saves 7% of a float32
-# step (depth 3, rows of 256) to 32% (depth 4, rows of 512 with windows); where bfloat16 is native 15 to 38%, and is
+# step (depth 3, rows of 256) to 32% (depth 4, rows of 512 with windows); where bfloat16 is native 28 to 46%, and is
 # paid for after 2e13 FLOP at depth 4 to 1.1e14 at depth 8. In FLOPs, so that a resumed run decides alike.
 COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 
